@@ -1,0 +1,1 @@
+"""Floor 0: graphs. Capture, contract, pipeline, hoist, lowering and artifacts."""

@@ -1,0 +1,136 @@
+"""Capture: a Hugging Face module without weights becomes a Program.
+
+The module has parameters on the meta device and real buffers (`fxlm.models.build`). It is
+traced by ``torch.export`` over one ragged token dimension, without cache and without mask;
+attention is the placeholder op ``fxlm::attention``. Nothing here knows a model's name.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from fxlm.compiler import ops
+from fxlm.compiler.errors import UnsupportedModel
+from fxlm.compiler.program import Facts, Input, Program, new_fake_mode
+
+MAX_TOKENS = 1 << 20
+
+
+class _Logits(nn.Module):
+    """Adapter: (input_ids, position_ids) -> logits, and nothing else."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model_under_capture = model
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        out = self.model_under_capture(
+            input_ids=input_ids, position_ids=position_ids, use_cache=False, return_dict=True
+        )
+        logits: torch.Tensor = out.logits
+        return logits
+
+
+def capture(model: nn.Module, facts: Facts) -> Program:
+    """Trace ``model`` into a Program at stage ``captured``.
+
+    Args:
+        model: causal LM; parameters on meta, buffers real, attention pointed at ``fxlm``.
+        facts: of this model; ``facts.device`` is where the program will run.
+
+    Returns:
+        A Program with step inputs ``input_ids`` int64 [1, T] and ``position_ids`` int64
+        [1, T], one weight input per parameter, and one output, logits [1, T, vocab].
+
+    Raises:
+        UnsupportedModel: the model does not trace; names the op, the module and the line.
+    """
+    ops.load()
+    mode = new_fake_mode()
+    buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
+    _fake_parameters(model, mode, facts.device)
+    with mode:
+        ids = torch.zeros(1, 7, dtype=torch.long, device=facts.device)
+        positions = torch.zeros(1, 7, dtype=torch.long, device=facts.device)
+    exported = _export(_Logits(model), ids, positions)
+    return _program(exported, buffers, facts)
+
+
+def _fake_parameters(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> None:
+    """Turn meta parameters into fake ones on ``device``; shared ones stay shared."""
+    memo: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is None:
+                continue
+            if id(parameter) not in memo:
+                fake = FakeTensor(mode, parameter.data, device)
+                memo[id(parameter)] = nn.Parameter(fake, requires_grad=False)
+            module._parameters[name] = memo[id(parameter)]
+
+
+def _export(module: nn.Module, ids: torch.Tensor, positions: torch.Tensor) -> Any:
+    tokens = torch.export.Dim("T", min=2, max=MAX_TOKENS)
+    shapes = {"input_ids": {1: tokens}, "position_ids": {1: tokens}}
+    try:
+        with torch.no_grad():
+            return torch.export.export(module, (ids, positions), dynamic_shapes=shapes, strict=False)
+    except UnsupportedModel:
+        raise
+    except Exception as error:  # whatever model code raises while traced is the model's fault
+        raise UnsupportedModel(_explain(error)) from error
+
+
+def _explain(error: Exception) -> str:
+    """Name what failed and the line of the model's source where it did."""
+    lines = []
+    trace = error.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        if re.search(r"transformers.models|modeling_", code.co_filename):
+            owner = trace.tb_frame.f_locals.get("self")
+            kind = type(owner).__name__ if owner is not None else "?"
+            lines.append(f"{kind}.{code.co_name} at {code.co_filename}:{trace.tb_lineno}")
+        trace = trace.tb_next
+    where = lines[-1] if lines else "outside the model's source"
+    first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+    return f"the model does not capture: {type(error).__name__}: {first} (in {where})"
+
+
+def _program(exported: Any, buffers: dict[str, torch.Tensor], facts: Facts) -> Program:
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(exported.graph, {}))
+    specs = exported.graph_signature.input_specs
+    names = [spec.arg.name for spec in specs]
+    inputs: dict[str, Input] = {}
+    constants: dict[str, torch.Tensor] = {}
+    for name, spec in zip(names, specs, strict=True):
+        kind = spec.kind.name
+        source = (spec.target or spec.arg.name).removeprefix("model_under_capture.")
+        if kind == "USER_INPUT":
+            inputs[name] = Input(role="step", source=name)
+        elif kind == "PARAMETER":
+            inputs[name] = Input(role="weight", source=source)
+        else:
+            inputs[name] = Input(role="constant", source=source)
+            value = buffers.get(source)
+            constants[source] = exported.constants[spec.target] if value is None else value
+    _single_output(graph, exported.graph_signature)
+    module = fx.GraphModule(nn.Module(), graph)
+    mode = next(iter(graph.nodes)).meta["val"].fake_mode  # export may have made its own
+    program = Program(
+        module=module, inputs=inputs, constants=constants, facts=facts, fake_mode=mode
+    )
+    program.eliminate_dead_code()
+    return program
+
+
+def _single_output(graph: fx.Graph, signature: Any) -> None:
+    kinds = [spec.kind.name for spec in signature.output_specs]
+    if kinds != ["USER_OUTPUT"]:
+        raise UnsupportedModel(f"the model changes its own buffers while running: {kinds}")

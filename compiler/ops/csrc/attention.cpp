@@ -1,0 +1,398 @@
+// Paged attention on CPU, for prefill and decode alike.
+//
+// Rows and tiles. All (query, head) pairs of one sequence that share a KV head are rows of one
+// small matrix; up to kRows of them make a tile, so that a key or value is read from memory once
+// for the whole group. Decode is a tile of `group` rows, prefill a row of full tiles.
+//
+// Splits. Keys are taken kSplit at a time, at absolute positions 0, kSplit, 2 kSplit...: scores,
+// softmax and weighted values of a split stand for themselves, and splits are folded in order.
+// Whether one thread walks all splits of a tile or many threads one each is decided by load alone
+// and changes no bit; nor does the chunking of a prefill or the company in the batch.
+//
+// Scores of kKeys keys at a time: keys are packed to columns (pairs of columns for bf16 dot
+// products, the layout AMX wants too), then a register-tiled product; no horizontal sums.
+
+#include "attention.h"
+
+#include <algorithm>
+#include <memory>
+#include <vector>
+
+#include "parallel.h"
+
+namespace fxlm {
+namespace {
+
+constexpr int kKeys = 64;    // keys packed at a time
+constexpr int kSplit = 256;  // keys a partial softmax; a multiple of kKeys
+constexpr int kRows = 64;    // rows a tile, unless one group is larger
+constexpr int kMaxRows = 128;
+constexpr int kValues = 32;  // values a pass of the second product: stays in the first-level cache
+constexpr int kColumns = W == 16 ? 4 : 2;  // vectors a register tile is wide
+
+constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+// ---- register-tiled products: C[m][n] += sum_k A[m][k] B[k][n] ---------------------------------
+
+// B packed as kKeys columns of floats.
+struct Floats {
+  using A = float;
+  static constexpr int per_step = 1;
+  const float* base;
+  vf operator()(int k, int column) const { return load(base + int64_t(k) * kKeys + column); }
+  static vf fma(vf sum, float a, vf b) { return a * b + sum; }
+};
+
+#if defined(__AVX512BF16__)
+// B packed as kKeys columns of bf16 pairs.
+struct Pairs {
+  using A = uint32_t;
+  static constexpr int per_step = 2;
+  const uint32_t* base;
+  vf operator()(int k, int column) const {
+    return bits_load<vf>(base + int64_t(k) * kKeys + column);
+  }
+  static vf fma(vf sum, uint32_t a, vf b) {
+    return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int(a)), (__m512bh)b);
+  }
+};
+#endif
+
+// B as one pointer a row.
+template <class T>
+struct Rows {
+  using A = float;
+  const T* const* rows;
+  vf operator()(int k, int column) const { return load(rows[k] + column); }
+  static vf fma(vf sum, float a, vf b) { return a * b + sum; }
+};
+
+template <int M, int N, class B>
+inline __attribute__((always_inline)) void product(const typename B::A* a, int lda, const B& b,
+                                                   int steps, int column, float* c, int ldc) {
+  vf sum[M][N];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) sum[m][n] = load(c + m * ldc + column + n * W);
+#pragma GCC unroll 1
+  for (int k = 0; k < steps; ++k) {
+    vf line[N];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) line[n] = b(k, column + n * W);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      const typename B::A factor = a[m * lda + k];
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) sum[m][n] = B::fma(sum[m][n], factor, line[n]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) store(c + m * ldc + column + n * W, sum[m][n]);
+}
+
+template <int M, class B>
+void product_columns(const typename B::A* a, int lda, const B& b, int steps, int columns, float* c,
+                     int ldc) {
+  int n = 0;
+  for (; n + kColumns * W <= columns; n += kColumns * W)
+    product<M, kColumns>(a, lda, b, steps, n, c, ldc);
+  for (; n < columns; n += W) product<M, 1>(a, lda, b, steps, n, c, ldc);
+}
+
+// `columns` is a multiple of W.
+template <class B>
+void product_rows(const typename B::A* a, int lda, const B& b, int steps, int columns, float* c,
+                  int ldc, int rows) {
+  int m = 0;
+  for (; m + 6 <= rows; m += 6)
+    product_columns<6>(a + m * lda, lda, b, steps, columns, c + m * ldc, ldc);
+  if (m + 4 <= rows) {
+    product_columns<4>(a + m * lda, lda, b, steps, columns, c + m * ldc, ldc);
+    m += 4;
+  }
+  if (m + 2 <= rows) {
+    product_columns<2>(a + m * lda, lda, b, steps, columns, c + m * ldc, ldc);
+    m += 2;
+  }
+  if (m < rows) product_columns<1>(a + m * lda, lda, b, steps, columns, c + m * ldc, ldc);
+}
+
+// ---- packing ----------------------------------------------------------------------------------
+
+template <class B, class T>
+inline vf load_steps(const T* row, int width) {  // the next W steps of a row, zeros past `width`
+  constexpr int count = W * B::per_step;
+  if constexpr (B::per_step == 1) {
+    return width >= count ? load(row) : load_part(row, width);
+  } else {
+    if (width >= count) return bits_load<vf>(row);
+    T part[count] = {};
+    std::memcpy(part, row, width * sizeof(T));
+    return bits_load<vf>(part);
+  }
+}
+
+// rows[kKeys] of `width` elements -> packed[step][kKeys]; steps are rounded up to W.
+template <class B, class T>
+void pack_keys(const T* const* rows, int width, void* packed) {
+  float* out = static_cast<float*>(packed);
+  for (int first = 0; first < kKeys; first += W)
+    for (int step = 0; step * B::per_step < width; step += W) {
+      const int column = step * B::per_step;
+      vf block[W];
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) block[i] = load_steps<B>(rows[first + i] + column, width - column);
+      transpose(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) store(out + int64_t(step + i) * kKeys + first, block[i]);
+    }
+}
+
+template <class T>
+inline T element(const T* p) {
+  return *p;
+}
+
+// ---- one tile ---------------------------------------------------------------------------------
+
+struct Tile {
+  int64_t sequence, head;    // head: of the KV heads
+  int64_t first_row, rows;   // row r of a sequence and KV head: query r / group, head r % group
+  int64_t low, high;         // keys that some row sees
+  int64_t partials;          // where its partials start, in rows; -1 = walked by one thread
+  int64_t splits() const { return (high - 1) / kSplit - low / kSplit + 1; }
+  int64_t cost() const { return splits() * rows; }
+};
+
+struct Item {
+  int32_t tile, split;  // split -1 = all
+};
+
+// Per row: maximum, sum, then the weighted values.
+constexpr int kHeader = W;  // maximum at [0], sum at [1]; keeps the values aligned to vectors
+
+template <class T, class B>
+class Worker {
+ public:
+  Worker(const Attention& args, const Tile& tile)
+      : args_(args),
+        tile_(tile),
+        group_(args.heads / args.kv_heads),
+        steps_(int((args.dk + B::per_step - 1) / B::per_step)),
+        width_(int(round_up(args.dv, W))),
+        ld_(kHeader + width_),
+        packs_values_(args.dv % W != 0 || (sizeof(T) < 4 && tile.rows >= 16)) {
+    const int64_t begin = args.query_start[tile.sequence];
+    first_token_ = begin;
+    first_position_ =
+        args.seq_lens[tile.sequence] - (args.query_start[tile.sequence + 1] - begin);
+    carve();
+    pack_queries();
+  }
+
+  // Partial results of one split -> rows of `out`, ld_ floats each.
+  void split(int64_t index, float* out) {
+    const int64_t base = index * kSplit;
+    begin_ = int(std::max<int64_t>(tile_.low - base, 0));
+    end_ = int(std::min<int64_t>(tile_.high - base, kSplit));
+    find_rows(base);
+    const int first = begin_ / kKeys * kKeys, last = int(round_up(end_, kKeys));
+    for (int key = first; key < last; key += kKeys) {
+      pack_keys<B>(key_rows_ + key, int(args_.dk), packed_);
+      for (int m = 0; m < tile_.rows; ++m)
+        std::memset(scores_ + m * kSplit + key, 0, kKeys * sizeof(float));
+      product_rows(queries_, steps_, B{static_cast<const typename B::A*>(packed_)}, steps_, kKeys,
+                   scores_ + key, kSplit, int(tile_.rows));
+    }
+    for (int m = 0; m < tile_.rows; ++m) softmax(m, base, first, last, out + m * ld_);
+    mix_values(out);
+  }
+
+  void all_splits() {
+    float* total = total_;
+    clear(total);
+    for (int64_t i = tile_.low / kSplit; i * kSplit < tile_.high; ++i) {
+      split(i, partial_);
+      fold(total, partial_);
+    }
+    finish(total);
+  }
+
+  void fold_partials(const float* partials) {
+    clear(total_);
+    for (int64_t i = 0; i < tile_.splits(); ++i) fold(total_, partials + i * tile_.rows * ld_);
+    finish(total_);
+  }
+
+ private:
+  int64_t position(int64_t row) const { return first_position_ + (tile_.first_row + row) / group_; }
+  int64_t head(int64_t row) const { return tile_.head * group_ + (tile_.first_row + row) % group_; }
+  int64_t token(int64_t row) const { return first_token_ + (tile_.first_row + row) / group_; }
+
+  void carve() {
+    const size_t rows = tile_.rows;
+    const size_t floats = rows * steps_ + round_up(steps_, W) * kKeys + rows * kSplit +
+                          2 * rows * ld_ + size_t(kValues) * width_;
+    static thread_local std::vector<float> buffer;
+    if (buffer.size() < floats + W) buffer.resize(floats + W);
+    auto address = reinterpret_cast<uintptr_t>(buffer.data());
+    float* next = buffer.data() + (round_up(address, W * 4) - address) / 4;
+    auto take = [&next](size_t count) { return std::exchange(next, next + round_up(count, W)); };
+    scores_ = take(rows * kSplit);
+    partial_ = take(rows * ld_);
+    total_ = take(rows * ld_);
+    packed_ = take(round_up(steps_, W) * kKeys);
+    packed_values_ = take(size_t(kValues) * width_);
+    queries_ = reinterpret_cast<typename B::A*>(next);
+  }
+
+  void pack_queries() {
+    const T* q = static_cast<const T*>(args_.q.data);
+    for (int64_t m = 0; m < tile_.rows; ++m) {
+      const T* from = q + head(m) * args_.q.head + token(m) * args_.q.token;
+      typename B::A* to = queries_ + m * steps_;
+      if constexpr (B::per_step == 2) to[steps_ - 1] = 0;
+      for (int64_t d = 0; d < args_.dk; ++d) {
+        const T value = from[d * args_.q.dim];
+        if constexpr (B::per_step == 2)
+          std::memcpy(reinterpret_cast<char*>(to) + d * sizeof(T), &value, sizeof(T));
+        else
+          to[d] = to_float(value);
+      }
+    }
+  }
+
+  // Where each key and value of the split lies. Positions that no row sees stand for a seen one:
+  // their blocks may be gone, and what they hold is masked.
+  void find_rows(int64_t base) {
+    const int32_t* table = args_.block_table + tile_.sequence * args_.table_stride;
+    const T* keys = static_cast<const T*>(args_.k_cache);
+    const T* values = static_cast<const T*>(args_.v_cache);
+    const int last = int(round_up(end_, kKeys));
+    int64_t block = -1, row = 0;
+    for (int i = begin_ / kKeys * kKeys; i < last; ++i) {
+      const int64_t seen = base + std::min(std::max(i, begin_), end_ - 1);
+      if (seen / args_.block_size != block) {
+        block = seen / args_.block_size;
+        row = (table[block] * args_.kv_heads + tile_.head) * args_.block_size;
+      }
+      const int64_t at = row + seen - block * args_.block_size;
+      key_rows_[i] = keys + at * args_.dk;
+      value_rows_[i] = values + at * args_.dv;
+    }
+  }
+
+  // Scores of row m over [first, last) -> weights in place; maximum and sum into the header.
+  void softmax(int m, int64_t base, int first, int last, float* header) {
+    float* scores = scores_ + m * kSplit;
+    const int64_t at = position(m);
+    int64_t from = 0;
+    if (args_.window > 0) from = std::max(from, at - args_.window + 1);
+    if (args_.chunk > 0) from = std::max(from, at / args_.chunk * args_.chunk);
+    const int low = int(std::min<int64_t>(std::max<int64_t>(from - base, 0), kSplit));
+    const int high = int(std::min<int64_t>(std::max<int64_t>(at + 1 - base, 0), kSplit));
+    const vi lanes = iota();
+    const float slope = args_.slopes ? args_.slopes[head(m)] : 0.0f;
+    const float cap = args_.softcap, inverse_cap = cap > 0 ? args_.scale / cap : 0.0f;
+    vf best = broadcast(-kInfinity);
+    for (int i = first; i < last; i += W) {
+      const vi key = lanes + i;
+      vf x = load(scores + i);
+      x = cap > 0 ? cap * vtanh(x * inverse_cap) : x * args_.scale;
+      if (args_.slopes) x += slope * __builtin_convertvector(key - int(at - base), vf);
+      x = (key >= low) & (key < high) ? x : broadcast(-kInfinity);
+      store(scores + i, x);
+      best = vmax(x, best);
+    }
+    const float top = lanes_max(best);
+    header[0] = top;
+    // A row that sees nothing here has weights of zero, not NaN.
+    const float shift = top == -kInfinity ? 0.0f : top;
+    vf sum{};
+    for (int i = first; i < last; i += W) {
+      const vf weight = vexp(load(scores + i) - shift);
+      store(scores + i, weight);
+      sum += weight;
+    }
+    header[1] = lanes_sum(sum);
+  }
+
+  void mix_values(float* out) {
+    for (int m = 0; m < tile_.rows; ++m)
+      std::memset(out + m * ld_ + kHeader, 0, width_ * sizeof(float));
+    // Steps start at fixed positions, so that the order of sums does not depend on the tile.
+    for (int i = begin_; i < end_; i += kValues) {
+      const int count = std::min(kValues, end_ - i);
+      if (packs_values_) {
+        const float* lines[kValues];
+        for (int j = 0; j < count; ++j) lines[j] = pack_value(value_rows_[i + j], j);
+        product_rows(scores_ + i, kSplit, Rows<float>{lines}, count, width_, out + kHeader, ld_,
+                     int(tile_.rows));
+      } else {
+        product_rows(scores_ + i, kSplit, Rows<T>{value_rows_ + i}, count, width_, out + kHeader,
+                     ld_, int(tile_.rows));
+      }
+    }
+  }
+
+  const float* pack_value(const T* from, int j) {
+    float* line = packed_values_ + int64_t(j) * width_;
+    int d = 0;
+    for (; d + W <= args_.dv; d += W) store(line + d, load(from + d));
+    if (d < args_.dv) store(line + d, load_part(from + d, int(args_.dv) - d));
+    return line;
+  }
+
+  void clear(float* rows) {
+    for (int64_t m = 0; m < tile_.rows; ++m) {
+      std::memset(rows + m * ld_, 0, ld_ * sizeof(float));
+      rows[m * ld_] = -kInfinity;
+    }
+  }
+
+  // total <- total with the rows of one more split.
+  void fold(float* total, const float* more) {
+    for (int64_t m = 0; m < tile_.rows; ++m, total += ld_, more += ld_) {
+      if (more[0] == -kInfinity && more[1] == 0.0f) continue;
+      const float top = total[0] > more[0] ? total[0] : more[0];
+      const float old = exp1(total[0] - top), young = exp1(more[0] - top);
+      total[0] = top;
+      total[1] = total[1] * old + more[1] * young;
+      for (int d = kHeader; d < ld_; d += W)
+        store(total + d, load(total + d) * old + load(more + d) * young);
+    }
+  }
+
+  void finish(const float* total) {
+    T* out = static_cast<T*>(args_.out);
+    for (int64_t m = 0; m < tile_.rows; ++m, total += ld_) {
+      float factor = 1.0f / total[1];
+      if (args_.sinks) {
+        const float sink = args_.sinks[head(m)], top = total[0] > sink ? total[0] : sink;
+        const float old = exp1(total[0] - top);
+        factor = old / (total[1] * old + exp1(sink - top));
+      }
+      T* to = out + (token(m) * args_.heads + head(m)) * args_.dv;
+      int d = 0;
+      for (; d + W <= args_.dv; d += W) store(to + d, load(total + kHeader + d) * factor);
+      if (d < args_.dv)
+        store_part(to + d, load(total + kHeader + d) * factor, int(args_.dv) - d);
+    }
+  }
+
+  const Attention& args_;
+  const Tile& tile_;
+  const int64_t group_;
+  const int steps_, width_, ld_;
+  const bool packs_values_;
+  int64_t first_token_, first_position_;
+  int begin_ = 0, end_ = 0;  // keys of the current split that some row sees
+  float *scores_, *partial_, *total_, *packed_values_;
+  void* packed_;
+  typename B::A* queries_;
+  const T* key_rows_[kSplit];
+  const T* value_rows_[kSplit];
+};

@@ -1,0 +1,82 @@
+"""Schemas of the ops, the shapes of their results, and registration of the references.
+
+The same two functions serve as fakes for tracing and as ``Meta`` kernels. Shapes may be symbolic:
+nothing here compares them, so that a dynamic size stays dynamic from 1 up.
+
+``paged_attention`` and ``sample`` have a twin ``*_reference`` of the same schema. The CPU kernels
+call it for what they do not cover (float64), and tests compare the two.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxlm.compiler.ops import reference
+
+ATTENTION = (
+    "(Tensor q, Tensor k, Tensor v, int layer, float scale, int window, int chunk, "
+    "float softcap, Tensor? sinks, Tensor? slopes) -> Tensor"
+)
+PAGED_ATTENTION = (
+    "(Tensor q, Tensor? k, Tensor? v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
+    "Tensor slot_mapping, Tensor query_start, Tensor seq_lens, Tensor block_table, "
+    "float scale, int window, int chunk, float softcap, Tensor? sinks, Tensor? slopes) -> Tensor"
+)
+SAMPLE = (
+    "(Tensor logits, Tensor floats, Tensor ints, Tensor adjust_start, Tensor adjust_ids, "
+    "Tensor adjust_counts, Tensor adjust_bias, int max_logprobs) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def register() -> torch.library.Library:
+    """Define the ops and register references and fakes; the result must be kept alive."""
+    library = torch.library.Library("fxlm", "DEF")
+    # flexible_layout: every kernel takes any strides, so Inductor need not copy the inputs.
+    tags = (torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag)
+    for name, schema, kernel, fake in (
+        ("attention", ATTENTION, reference.attention, attention),
+        ("paged_attention", PAGED_ATTENTION, reference.paged_attention, paged_attention),
+        ("paged_attention_reference", PAGED_ATTENTION, reference.paged_attention, paged_attention),
+        ("sample", SAMPLE, reference.sample, sample),
+        ("sample_reference", SAMPLE, reference.sample, sample),
+    ):
+        library.define(name + schema, tags=tags)
+        library.impl(name, kernel, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fxlm::{name}", fake, lib=library)
+    return library
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+    """q [1,Hq,T,Dk], v [1,Hkv,T,Dv] -> [1,T,Hq,Dv], contiguous."""
+    return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
+
+
+def paged_attention(
+    q: Tensor, k: Tensor | None, v: Tensor | None, k_cache: Tensor, v_cache: Tensor, *_: Any
+) -> Tensor:
+    """q [1,Hq,T,Dk], v_cache [blocks,Hkv,block_size,Dv] -> [1,T,Hq,Dv], contiguous."""
+    return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v_cache.shape[3]))
+
+
+def sample(
+    logits: Tensor,
+    floats: Tensor,
+    ints: Tensor,
+    adjust_start: Tensor,
+    adjust_ids: Tensor,
+    adjust_counts: Tensor,
+    adjust_bias: Tensor,
+    max_logprobs: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logits [R,V] -> token_ids [R], logprobs [R,L+1], logprob_ids [R,L+1], ranks [R]."""
+    rows, columns = logits.shape[0], max_logprobs + 1
+    return (
+        logits.new_empty((rows,), dtype=torch.int64),
+        logits.new_empty((rows, columns), dtype=torch.float32),
+        logits.new_empty((rows, columns), dtype=torch.int64),
+        logits.new_empty((rows,), dtype=torch.int64),
+    )

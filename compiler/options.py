@@ -1,0 +1,64 @@
+"""CompileOptions: what a user may choose about a compilation, typed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fxlm.compiler.errors import InvalidOption
+from fxlm.compiler.pipeline import GraphPass
+
+DTYPES = {
+    "float32": torch.float32, "float": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16, "half": torch.float16,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CompileOptions:
+    """Choices of one compilation.
+
+    Attributes:
+        device: ``cpu`` or ``cuda``.
+        dtype: element type of weights and activations; ``auto`` takes the checkpoint's.
+        block_size: tokens per block of the KV cache.
+        eager: leave the regions uncompiled and interpret them (no C++ compiler needed).
+        passes: user passes, added to the default column.
+        disabled: names of passes left out.
+        trust_remote_code: run Python that comes with the checkpoint.
+    """
+
+    device: str = "cpu"
+    dtype: str = "auto"
+    block_size: int = 16
+    eager: bool = False
+    passes: tuple[GraphPass, ...] = ()
+    disabled: tuple[str, ...] = ()
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype != "auto" and self.dtype not in DTYPES:
+            raise InvalidOption("dtype", self.dtype, f"use auto, {', '.join(DTYPES)}")
+        if self.device.split(":")[0] not in ("cpu", "cuda"):
+            raise InvalidOption("device", self.device, "use cpu or cuda")
+        if self.block_size < 1 or self.block_size & (self.block_size - 1):
+            raise InvalidOption("block_size", self.block_size, "use a power of two, e.g. 16")
+
+
+def resolve_dtype(choice: str, stored: str, device: str) -> tuple[torch.dtype, str]:
+    """The dtype that ``choice`` means, and why.
+
+    Args:
+        choice: of the user, ``auto`` or a name.
+        stored: the checkpoint's own, by name (``""`` if it states none).
+        device: ``cpu`` or ``cuda``.
+    """
+    if choice != "auto":
+        return DTYPES[choice], "asked for"
+    if stored == "float16" and device == "cpu":
+        return torch.bfloat16, "the checkpoint is float16, for which CPUs have no fast matmul"
+    if stored in DTYPES:
+        return DTYPES[stored], "the checkpoint's own"
+    return torch.float32, "the checkpoint states none"

@@ -1,0 +1,229 @@
+"""The pass pipeline: order, run, check, log.
+
+A pass is a function ``(program, **options) -> int``, the number of places it rewrote. The
+runner lints, drops dead code, checks the contract, counts and times; the pass does none of
+that. A pass that says how often it must fire and does not is an error, never a slow model.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import inspect
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, overload
+
+from fxlm.compiler import contract
+from fxlm.compiler.errors import ContractError, InvalidOption, PassError
+from fxlm.compiler.program import Program, Stage
+from fxlm.compiler.report import PassReport, op_counts, op_diff
+
+PassFunction = Callable[..., int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GraphPass:
+    """A pass and its place in the column.
+
+    Attributes:
+        name: as users write it.
+        run: the function.
+        after, before: passes it must follow or precede, where those are present.
+        requires: passes that must be present, and earlier.
+        expects: how often it must fire: a number, or a function of the program before it.
+        stage: stage of the program once it has run; ``None`` leaves it.
+        options: keyword arguments for ``run``.
+    """
+
+    name: str
+    run: PassFunction
+    after: tuple[str, ...] = ()
+    before: tuple[str, ...] = ()
+    requires: tuple[str, ...] = ()
+    expects: int | Callable[[Program], int] | None = None
+    stage: Stage | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def source_digest(self) -> str:
+        """SHA-256 over the module that holds the pass (its helpers count too)."""
+        module = inspect.getmodule(self.run)
+        try:
+            text = inspect.getsource(module) if module else inspect.getsource(self.run)
+        except (OSError, TypeError):  # typed in at a prompt: no source, so the bytecode counts
+            text = repr(self.run.__code__.co_code) + repr(self.run.__code__.co_consts)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def identity(self) -> dict[str, Any]:
+        """What a cache key needs of the pass."""
+        options = {key: repr(value) for key, value in sorted(self.options.items())}
+        return {"name": self.name, "source": self.source_digest(), "options": options}
+
+
+@overload
+def graph_pass(function: PassFunction, /) -> GraphPass: ...
+@overload
+def graph_pass(
+    *,
+    name: str | None = None,
+    after: str | Sequence[str] = (),
+    before: str | Sequence[str] = (),
+    requires: str | Sequence[str] = (),
+    expects: int | Callable[[Program], int] | None = None,
+    stage: Stage | None = None,
+) -> Callable[[PassFunction], GraphPass]: ...
+
+
+def graph_pass(
+    function: PassFunction | None = None,
+    /,
+    *,
+    name: str | None = None,
+    after: str | Sequence[str] = (),
+    before: str | Sequence[str] = (),
+    requires: str | Sequence[str] = (),
+    expects: int | Callable[[Program], int] | None = None,
+    stage: Stage | None = None,
+) -> GraphPass | Callable[[PassFunction], GraphPass]:
+    """Make a function a pass.
+
+    Args:
+        name: defaults to the function's name.
+        after, before: names of passes it must follow or precede, where those are present.
+        requires: names of passes that must be present and earlier.
+        expects: how often it must fire (a number or a function of the program before it); a
+            different count raises `PassError`.
+        stage: stage of the program once the pass has run.
+    """
+
+    def wrap(run: PassFunction) -> GraphPass:
+        return GraphPass(
+            name=name or run.__name__,
+            run=run,
+            after=_names(after),
+            before=_names(before),
+            requires=_names(requires),
+            expects=expects,
+            stage=stage,
+        )
+
+    return wrap if function is None else wrap(function)
+
+
+def order(column: Iterable[GraphPass], extra: Iterable[GraphPass] = ()) -> list[GraphPass]:
+    """Merge user passes into the default column.
+
+    The column keeps its order; an extra pass goes behind the last pass it must follow, or, if
+    it names none, before the first it must precede, or to the end.
+
+    Raises:
+        InvalidOption: an unknown name, a name used twice, or an order that cannot be met.
+    """
+    passes = list(column)
+    for new in extra:
+        known = [p.name for p in passes]
+        if new.name in known:
+            raise InvalidOption("pass", new.name, "a pass of this name is already in the column")
+        for other in (*new.after, *new.before, *new.requires):
+            if other not in known:
+                raise InvalidOption("pass", f"{new.name} -> {other}", _suggest(other, known))
+        passes.insert(_position(new, known), new)
+    _check_order(passes)
+    return passes
+
+
+def disable(passes: Sequence[GraphPass], names: Iterable[str]) -> list[GraphPass]:
+    """The column without the named passes; an unknown or a needed one is an error."""
+    known = [p.name for p in passes]
+    for name in names:
+        if name not in known:
+            raise InvalidOption("--disable-pass", name, _suggest(name, known))
+    kept = [p for p in passes if p.name not in set(names)]
+    _check_order(kept)
+    return kept
+
+
+def run(program: Program, passes: Iterable[GraphPass]) -> Program:
+    """Run the passes in order on ``program``, in place.
+
+    Raises:
+        PassError: a pass failed, fired another number of times than it must, or left an
+            unlawful graph; the message names the pass.
+    """
+    for item in passes:
+        program.log.append(_run_one(program, item))
+    return program
+
+
+def _run_one(program: Program, item: GraphPass) -> PassReport:
+    before = op_counts(program.graph)
+    expected = item.expects(program) if callable(item.expects) else item.expects
+    program.misses.clear()
+    started = time.perf_counter()
+    try:
+        rewrites = item.run(program, **item.options)
+    except Exception as error:
+        if isinstance(error, PassError):
+            raise
+        raise PassError(f"pass {item.name} failed: {type(error).__name__}: {error}") from error
+    seconds = time.perf_counter() - started
+    if not isinstance(rewrites, int):
+        raise PassError(f"pass {item.name} returned {rewrites!r}; it must return a count (int)")
+    if expected is not None and rewrites != expected:
+        nearest = f"; nearest miss: {program.misses[-1]}" if program.misses else ""
+        raise PassError(
+            f"pass {item.name} rewrote {rewrites} places, but {expected} were expected{nearest}"
+        )
+    if item.stage is not None:
+        program.stage = item.stage
+    _settle(program, item)
+    after = op_counts(program.graph)
+    added, removed = op_diff(before, after)
+    return PassReport(
+        name=item.name, rewrites=rewrites, seconds=seconds, added=added, removed=removed,
+        nodes_before=before.total(), nodes_after=after.total(),
+        source_digest=item.source_digest(), stage=program.stage,
+    )  # fmt: skip
+
+
+def _settle(program: Program, item: GraphPass) -> None:
+    """Lint, drop dead nodes, check the law."""
+    program.eliminate_dead_code()
+    try:
+        program.graph.lint()
+        contract.check(program)
+    except (ContractError, RuntimeError) as error:
+        raise PassError(f"pass {item.name} left an unlawful graph: {error}") from error
+    program.module.recompile()
+
+
+def _position(new: GraphPass, known: list[str]) -> int:
+    behind = [known.index(n) + 1 for n in (*new.after, *new.requires)]
+    if behind:
+        return max(behind)
+    ahead = [known.index(n) for n in new.before]
+    return min(ahead) if ahead else len(known)
+
+
+def _check_order(passes: Sequence[GraphPass]) -> None:
+    place = {p.name: i for i, p in enumerate(passes)}
+    for here, item in enumerate(passes):
+        for name in item.requires:
+            if name not in place:
+                raise InvalidOption("pass", item.name, f"it requires the pass {name!r}")
+        late = [n for n in (*item.after, *item.requires) if place.get(n, -1) > here]
+        early = [n for n in item.before if place.get(n, len(passes)) < here]
+        if late or early:
+            conflict = f"it must run after {late} " if late else f"it must run before {early}"
+            raise InvalidOption("pass", item.name, conflict)
+
+
+def _names(value: str | Sequence[str]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def _suggest(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"there is no pass {name!r}{hint} (passes: {', '.join(known)})"

@@ -1,0 +1,262 @@
+"""Program: one FX graph, what its inputs mean, and what was done to it.
+
+Passes see this class and nothing else. Here: the graph with typed inputs, insertion helpers
+that keep metadata, and queries (layers, linears, attention nodes). Not here: how a graph is
+captured (`capture`), rewritten in order (`pipeline`), cut (`hoist`, `outline`) or compiled
+(`lower`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from fxlm.compiler.report import PassReport
+
+Role = Literal["step", "weight", "constant", "cache"]
+Stage = Literal["captured", "bound", "paged", "final"]
+
+INT64_MAX = 2**63 - 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Input:
+    """What one placeholder of the graph stands for.
+
+    Attributes:
+        role: ``step`` (given anew at each step), ``weight`` (a tensor of the checkpoint),
+            ``constant`` (a small tensor computed from the config, kept in the artifact),
+            ``cache`` (KV memory, written in place).
+        source: name of the step input, of the checkpoint tensor, of the buffer, or
+            ``k``/``v`` of a cache.
+        layer: index of the attention layer, for caches.
+    """
+
+    role: Role
+    source: str
+    layer: int = -1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheSpec:
+    """KV memory of one attention layer: heads and head sizes per token, and the dtype."""
+
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of K and V for one token of one layer."""
+        return self.num_kv_heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Facts:
+    """What passes may know of the model; filled from its config, never from its name."""
+
+    model_type: str
+    vocab_size: int
+    max_position_embeddings: int
+    num_layers: int
+    dtype: torch.dtype
+    device: torch.device
+    block_size: int = 16
+    max_logprobs: int = 20
+
+
+@dataclass(kw_only=True)
+class Program:
+    """A captured model on its way to a compiled step.
+
+    Attributes:
+        module: graph whose placeholders are all inputs (weights too), in any order.
+        inputs: meaning of each placeholder, by node name.
+        constants: values of the ``constant`` inputs, by source name.
+        facts: see `Facts`.
+        fake_mode: the mode in which every ``node.meta["val"]`` lives.
+        stage: how far the program has come; `contract` has the law of each stage.
+        caches: KV memory per attention layer, once paged.
+        log: one report a pass.
+        misses: near misses of the running pass, shown when it fires too seldom.
+    """
+
+    module: fx.GraphModule
+    inputs: dict[str, Input]
+    constants: dict[str, torch.Tensor]
+    facts: Facts
+    fake_mode: FakeTensorMode
+    stage: Stage = "captured"
+    caches: list[CacheSpec] = field(default_factory=list)
+    log: list[PassReport] = field(default_factory=list)
+    misses: list[str] = field(default_factory=list)
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The FX graph; mutate it in place."""
+        return self.module.graph
+
+    # ---- building ------------------------------------------------------------------------
+
+    def call(self, target: Any, *args: Any, like: fx.Node, **kwargs: Any) -> fx.Node:
+        """Insert a call at the graph's insertion point, with metadata.
+
+        Args:
+            target: an op, e.g. ``torch.ops.aten.cat.default``.
+            args, kwargs: nodes and constants.
+            like: node whose module path the new node takes over.
+
+        Returns:
+            The new node; ``meta["val"]`` holds its fake value.
+        """
+        node = self.graph.call_function(target, args, kwargs)
+        node.meta["nn_module_stack"] = like.meta.get("nn_module_stack")
+        node.meta["stack_trace"] = like.meta.get("stack_trace")
+        with self.fake_mode:
+            values = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+            node.meta["val"] = target(*values[0], **values[1])  # type: ignore[index]
+        return node
+
+    def add_input(self, name: str, spec: Input, value: torch.Tensor) -> fx.Node:
+        """Add a placeholder after the existing ones; ``value`` is its fake tensor."""
+        last = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
+        with self.graph.inserting_after(last):
+            node = self.graph.placeholder(name)
+        node.meta["val"] = value
+        self.inputs[node.name] = spec
+        return node
+
+    def step_input(self, name: str, shape: Sequence[int | str], dtype: torch.dtype) -> fx.Node:
+        """The placeholder of a step input; made when it does not exist yet.
+
+        Args:
+            name: see ``docs/architecture.md`` for the list of step inputs.
+            shape: sizes; a string is a size that changes from step to step.
+            dtype: element type.
+        """
+        for node in self.placeholders("step"):
+            if self.inputs[node.name].source == name:
+                return node
+        value = self.fake_tensor(shape, dtype)
+        return self.add_input(name, Input(role="step", source=name), value)
+
+    def fake_tensor(self, shape: Sequence[int | str], dtype: torch.dtype) -> FakeTensor:
+        """A fake tensor on the program's device; string sizes become fresh symbols."""
+        # Hints are arbitrary, distinct and > 1, so that nothing is specialised to 0 or 1.
+        hints = [s if isinstance(s, int) else 5 + 2 * i for i, s in enumerate(shape)]
+        dynamic = [
+            DimDynamic.STATIC if isinstance(s, int) else DimDynamic.DYNAMIC for s in shape
+        ]
+        real = torch.empty(hints, dtype=dtype, device="meta")
+        context = StatelessSymbolicContext(dynamic_sizes=dynamic)
+        fake = self.fake_mode.from_tensor(real, symbolic_context=context)
+        return FakeTensor(self.fake_mode, fake.to("meta"), self.facts.device)
+
+    def miss(self, node: fx.Node, reason: str) -> None:
+        """Record that ``node`` nearly matched the running pass, and why it did not."""
+        self.misses.append(f"{node.name} ({node.target}, {module_path(node)}): {reason}")
+
+    def eliminate_dead_code(self) -> None:
+        """Erase calls that nobody uses and that have no effect, then unused weights."""
+        for node in reversed(list(self.graph.nodes)):
+            if node.op == "call_function" and not node.users and not _is_effect(node):
+                self.graph.erase_node(node)
+        for node in self.placeholders():
+            if not node.users and self.inputs[node.name].role in ("weight", "constant"):
+                self.graph.erase_node(node)
+                spec = self.inputs.pop(node.name)
+                if spec.role == "constant":
+                    self.constants.pop(spec.source, None)
+
+    def replace(self, old: fx.Node, new: fx.Node) -> None:
+        """Let every user of ``old`` use ``new``, and erase ``old``."""
+        old.replace_all_uses_with(new)
+        self.graph.erase_node(old)
+
+    # ---- asking --------------------------------------------------------------------------
+
+    def placeholders(self, role: Role | None = None) -> list[fx.Node]:
+        """Placeholders in order, all or those of one role."""
+        nodes = [n for n in self.graph.nodes if n.op == "placeholder"]
+        return [n for n in nodes if role is None or self.inputs[n.name].role == role]
+
+    def find(self, *targets: Any) -> list[fx.Node]:
+        """Calls of any of the given ops, in graph order."""
+        return [n for n in self.graph.nodes if n.op == "call_function" and n.target in targets]
+
+    def linears(self, pattern: str = "") -> list[fx.Node]:
+        """``aten.linear`` calls whose module path matches the regular expression."""
+        found = self.find(torch.ops.aten.linear.default)
+        return [n for n in found if re.search(pattern, module_path(n))]
+
+    def attentions(self) -> list[fx.Node]:
+        """Attention calls, before or after paging, in graph order."""
+        ops = torch.ops.fxlm
+        return self.find(ops.attention.default, ops.paged_attention.default)
+
+    def weight_only(self) -> set[fx.Node]:
+        """Nodes that depend on weights and constants alone (placeholders included)."""
+        known: set[fx.Node] = set(self.placeholders("weight") + self.placeholders("constant"))
+        for node in self.graph.nodes:
+            if node.op == "call_function" and node.all_input_nodes and not _is_effect(node):
+                if all(i in known for i in node.all_input_nodes):
+                    known.add(node)
+        return known
+
+    def output(self) -> fx.Node:
+        """The output node."""
+        return next(iter(reversed(self.graph.nodes)))
+
+    def find_step_input(self, name: str) -> fx.Node:
+        """The placeholder of an existing step input."""
+        for node in self.placeholders("step"):
+            if self.inputs[node.name].source == name:
+                return node
+        raise AssertionError(f"no step input {name!r}")
+
+    def propagate(self) -> None:
+        """Compute ``meta["val"]`` of every call anew from the placeholders' values."""
+        with self.fake_mode:
+            for node in self.graph.nodes:
+                if node.op == "call_function":
+                    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+                    node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def new_fake_mode() -> FakeTensorMode:
+    """A fake mode in which sizes may be symbols."""
+    return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+
+
+def module_path(node: fx.Node) -> str:
+    """Path of the innermost module that made the node, e.g. ``model.layers.0.mlp.up_proj``."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [str(path) for path, _ in stack.values()]
+    return paths[-1].removeprefix("model_under_capture").lstrip(".") if paths else ""
+
+
+def ancestors(nodes: Iterable[fx.Node], stop: Any = None) -> Iterator[fx.Node]:
+    """Walk backwards from ``nodes``; do not walk past calls of the op ``stop``."""
+    seen: set[fx.Node] = set()
+    todo = list(nodes)
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        yield node
+        if stop is None or node.target is not stop:
+            todo.extend(node.all_input_nodes)
+
+
+def _is_effect(node: fx.Node) -> bool:
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable

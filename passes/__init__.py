@@ -1,0 +1,1 @@
+"""Floor 1: graph rewrites, one idea a file."""

@@ -1,0 +1,83 @@
+"""Remove what changes nothing: assertions on metadata, casts to the same type, full slices.
+
+before:  _assert_tensor_metadata(x); a = aten.to.dtype(x, x.dtype); b = aten.slice(a, 1, 0, MAX)
+after:   (users of b use x)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxlm.compiler.pipeline import graph_pass
+from fxlm.compiler.program import INT64_MAX, Program
+
+aten = torch.ops.aten
+
+_ASSERTIONS = (
+    aten._assert_tensor_metadata.default,
+    aten._assert_scalar.default,
+    aten._assert_async.msg,
+    aten.sym_constrain_range.default,
+    aten.sym_constrain_range_for_size.default,
+)
+
+
+@graph_pass
+def cleanup(program: Program) -> int:
+    """Erase assertions and identities; returns how many."""
+    erased = 0
+    for node in list(program.graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target in _ASSERTIONS:
+            program.graph.erase_node(node)
+            erased += 1
+            continue
+        same = _IDENTITIES.get(node.target)
+        if same is not None and same(node):
+            program.replace(node, node.args[0])
+            erased += 1
+    return erased
+
+
+def _same_type(node: fx.Node) -> bool:
+    """A cast, copy or move whose result is its input, type, device and strides included."""
+    before: Any = node.args[0].meta["val"]  # type: ignore[union-attr]
+    after: Any = node.meta["val"]
+    return bool(
+        before.dtype == after.dtype
+        and before.device == after.device
+        and not node.kwargs.get("copy", False)
+        and before.stride() == after.stride()
+    )
+
+
+def _full_slice(node: fx.Node) -> bool:
+    _, _, start, end, step = (*node.args, *(0, 0, None, None, 1)[len(node.args):])  # fmt: skip
+    return start in (None, 0) and end in (None, INT64_MAX) and step == 1
+
+
+def _always(node: fx.Node) -> bool:
+    return True
+
+
+def _not_training(node: fx.Node) -> bool:
+    return node.args[2] is False
+
+
+_IDENTITIES: dict[Any, Callable[[fx.Node], bool]] = {
+    aten.to.dtype: _same_type,
+    aten.to.device: _same_type,
+    aten.to.dtype_layout: _same_type,
+    aten.contiguous.default: _same_type,
+    aten.slice.Tensor: _full_slice,
+    aten.alias.default: _always,
+    aten.detach.default: _always,
+    aten.detach_.default: _always,
+    aten.lift_fresh_copy.default: _always,
+    aten.dropout.default: _not_training,
+}

@@ -1,0 +1,34 @@
+"""The default column of passes: a line and a comment a pass, in the order in which they run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from fxlm.compiler.pipeline import GraphPass
+from fxlm.passes.bind_checkpoint import bind_checkpoint
+from fxlm.passes.cleanup import cleanup
+from fxlm.passes.fuse_gate_up import fuse_gate_up
+from fxlm.passes.fuse_qkv import fuse_qkv
+from fxlm.passes.last_tokens import last_tokens
+from fxlm.passes.paged_attention import paged_attention
+from fxlm.passes.sample import sample
+
+COLUMN: tuple[GraphPass, ...] = (
+    bind_checkpoint,  # parameters -> tensors of the checkpoint, as graph code
+    cleanup,  # drop assertions, identities, full slices
+    fuse_qkv,  # one matmul for q, k, v
+    fuse_gate_up,  # one matmul for gate and up
+    paged_attention,  # attention over block tables; the cache is written in the graph
+    last_tokens,  # logits only for the rows that are drawn or scored
+    sample,  # token ids leave the graph, logits do not
+)
+
+REQUIRED = ("bind_checkpoint", "paged_attention", "last_tokens", "sample")
+
+
+def default_column(**options: dict[str, Any]) -> list[GraphPass]:
+    """The column, with options for some passes by name, e.g. ``bind_checkpoint={...}``."""
+    known = {item.name for item in COLUMN}
+    assert set(options) <= known, (sorted(options), sorted(known))
+    return [replace(item, options=options.get(item.name, {})) for item in COLUMN]

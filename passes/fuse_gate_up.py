@@ -1,0 +1,49 @@
+"""One matmul for the gate and the up projection of a gated MLP.
+
+before:  g = linear(x, wg); u = linear(x, wu); y = act(g) * u
+after:   z = linear(x, cat([wg, wu])); y = act(z[..., :n]) * z[..., n:]
+
+Any activation; found by the product whose two factors come from linears over one input.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from fxlm.compiler.pipeline import graph_pass
+from fxlm.compiler.program import Program
+from fxlm.passes.merge_linears import merge_linears
+
+aten = torch.ops.aten
+LINEAR = aten.linear.default
+ACTIVATIONS = (
+    aten.silu.default, aten.gelu.default, aten.relu.default, aten.sigmoid.default,
+    aten.tanh.default,
+)  # fmt: skip
+
+
+def _gated(program: Program) -> int:
+    return len(_groups(program))
+
+
+@graph_pass(expects=_gated)
+def fuse_gate_up(program: Program) -> int:
+    """Merge the two projections of each gated MLP; returns how many."""
+    return sum(merge_linears(program, group) for group in _groups(program))
+
+
+def _groups(program: Program) -> list[list[fx.Node]]:
+    groups = []
+    for product in program.find(aten.mul.Tensor):
+        factors = [n for n in product.args if isinstance(n, fx.Node)]
+        if len(factors) != 2:
+            continue
+        gates = [f for f in factors if f.target in ACTIVATIONS]
+        ups = [f for f in factors if f.target is LINEAR]
+        if len(gates) != 1 or len(ups) != 1:
+            continue
+        gate = gates[0].args[0]
+        if isinstance(gate, fx.Node) and gate.target is LINEAR and gate.args[0] is ups[0].args[0]:
+            groups.append(sorted([gate, ups[0]]))
+    return groups

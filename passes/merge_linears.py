@@ -1,0 +1,70 @@
+"""Merge linears that share their input; the common part of `fuse_qkv` and `fuse_gate_up`.
+
+before:  a = linear(x, wa); b = linear(x, wb)
+after:   w = cat([wa, wb]); y = linear(x, w); a = slice(y, 0, na); b = slice(y, na, na + nb)
+
+The concatenation is graph code on the weight side, so `hoist` moves it to load time. A linear
+is left alone if its weight depends on tokens, serves elsewhere too (the parts would then be
+held twice), or if only some of the group have a bias.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxlm.compiler.program import Program
+
+aten = torch.ops.aten
+
+
+def merge_linears(program: Program, group: list[fx.Node]) -> bool:
+    """Merge one group, in place.
+
+    Args:
+        group: ``aten.linear`` calls in graph order.
+
+    Returns:
+        Whether it was merged; if not, the reason is noted as a miss.
+    """
+    reason = _obstacle(program, group)
+    if reason:
+        program.miss(group[-1], reason)
+        return False
+    first = group[0]
+    weights = [n.args[1] for n in group]
+    biases = [n.args[2] for n in group if len(n.args) > 2 and n.args[2] is not None]
+    with program.graph.inserting_before(first):
+        weight = program.call(aten.cat.default, weights, 0, like=first)
+        bias = [program.call(aten.cat.default, biases, 0, like=first)] if biases else []
+        merged = program.call(aten.linear.default, first.args[0], weight, *bias, like=first)
+        begin = 0
+        for node in group:
+            end = begin + int(node.meta["val"].shape[-1])
+            part = program.call(aten.slice.Tensor, merged, -1, begin, end, like=node)
+            node.replace_all_uses_with(part)
+            begin = end
+    for node in group:
+        program.graph.erase_node(node)
+    return True
+
+
+def _obstacle(program: Program, group: list[fx.Node]) -> str:
+    """Why the group cannot be merged; empty if it can."""
+    if any(n.args[0] is not group[0].args[0] for n in group):
+        return "the linears have different inputs"
+    fixed = program.weight_only()
+    for node in group:
+        weight: Any = node.args[1]
+        if weight not in fixed:
+            return "a weight depends on tokens"
+        if len(weight.users) != 1:
+            return "a weight is used elsewhere too"
+    with_bias = [len(n.args) > 2 and n.args[2] is not None for n in group]
+    if any(with_bias) and not all(with_bias):
+        return "only some of the linears have a bias"
+    if len({n.args[1].meta["val"].dtype for n in group}) > 1:  # type: ignore[union-attr]
+        return "the weights have different types"
+    return ""

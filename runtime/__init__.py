@@ -1,0 +1,1 @@
+"""Floor 2: sequences, blocks, batches, steps and workers."""

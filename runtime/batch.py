@@ -1,0 +1,317 @@
+"""The tensors of a step, allocated once and filled in place.
+
+Here: `Batch`, which turns a plan into the inputs of the step graph. Not here: running it
+(``worker``), what is in a plan (``scheduler``).
+
+Each tensor is a prefix of a fixed buffer, contiguous at every size, so that addresses never
+change. The block table, the sampling options and the like are kept per slot, and only what
+changed since the last step is written; a decode step is then a few gathers over slots.
+
+======================  ========  ===================================================
+name                    dtype     shape and meaning
+======================  ========  ===================================================
+input_ids               int64     [1, T] tokens, sequences one after another
+position_ids            int64     [1, T] position of each token in its sequence
+slot_mapping            int64     [T] block * block_size + offset the token is written to
+query_start             int32     [S+1] prefix sums of tokens per sequence
+seq_lens                int32     [S] tokens in the cache after this step
+block_table             int32     [S, B] physical blocks, padded with 0
+logits_indices          int64     [R] index into T
+sample_floats           float32   [R, 6] temperature, top_p, min_p, repetition, presence, frequency
+sample_ints             int64     [R, 5] top_k, seed, counter, num_logprobs, target
+adjust_start            int32     [R+1] ranges of the following per row
+adjust_ids              int64     [N] token id
+adjust_counts           int32     [N] occurrences in the output; 0 prompt only; -1 neither
+adjust_bias             float32   [N] added to the logit
+======================  ========  ===================================================
+
+Sizes: T tokens, S sequences, R rows, B block columns, N adjust entries (at least 1). N has no
+bound known beforehand: its buffers double when they are too small, and then move.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fxlm.runtime.adjust import Adjust
+from fxlm.runtime.sampling_params import SamplingParams
+from fxlm.runtime.scheduler import Chunk, Plan
+from fxlm.runtime.sequence import Sequence
+from fxlm.runtime.step import WorkerSpec
+
+NUM_FLOATS, NUM_INTS = 6, 5
+SEED, COUNTER, NUM_LOGPROBS, TARGET = 1, 2, 3, 4  # columns of sample_ints
+SCORE_FLOATS = (0.0, 1.0, 0.0, 1.0, 0.0, 0.0)  # a row that scores a token draws nothing
+NO_LOGPROBS = NO_TARGET = -1
+
+
+@dataclass(slots=True)
+class Sizes:
+    """Sizes of the step in the batch."""
+
+    tokens: int = 0
+    sequences: int = 0
+    rows: int = 0
+    blocks: int = 1
+    adjusts: int = 1
+
+
+class Batch:
+    """Buffers for the largest step that a worker can run.
+
+    Attributes:
+        sizes: of the step that it holds now.
+        wants_logprobs: whether a row of it asks for log-probabilities.
+    """
+
+    def __init__(self, spec: WorkerSpec, *, pin_memory: bool = False, num_adjusts: int = 1024) -> None:
+        self.spec = spec
+        self.sizes = Sizes()
+        self.wants_logprobs = False
+        self._pin = pin_memory
+        self._tensors: dict[str, torch.Tensor] = {}
+        tokens, seqs, rows = spec.max_num_batched_tokens, spec.max_num_seqs, spec.max_rows
+        width = spec.max_blocks_per_seq
+        self._input_ids = self._new("input_ids", tokens, np.int64)
+        self._position_ids = self._new("position_ids", tokens, np.int64)
+        self._slot_mapping = self._new("slot_mapping", tokens, np.int64)
+        self._query_start = self._new("query_start", seqs + 1, np.int32)
+        self._seq_lens = self._new("seq_lens", seqs, np.int32)
+        self._block_table = self._new("block_table", seqs * width, np.int32)
+        self._logits_indices = self._new("logits_indices", rows, np.int64)
+        self._sample_floats = self._new("sample_floats", rows * NUM_FLOATS, np.float32).reshape(
+            rows, NUM_FLOATS
+        )
+        self._sample_ints = self._new("sample_ints", rows * NUM_INTS, np.int64).reshape(
+            rows, NUM_INTS
+        )
+        self._adjust_start = self._new("adjust_start", rows + 1, np.int32)
+        self._make_adjusts(num_adjusts)
+        # per slot, in step with the sequence that owns it
+        self._owners: list[Sequence | None] = [None] * seqs
+        self._table = np.zeros((seqs, width), np.int32)
+        self._floats = np.zeros((seqs, NUM_FLOATS), np.float32)
+        self._ints = np.zeros((seqs, NUM_INTS), np.int64)
+        self._iota = np.arange(max(tokens, rows) + 1, dtype=np.int64)
+        self._step = _Cursor()
+
+    def _new(self, name: str, size: int, dtype: type[np.generic]) -> npt.NDArray[np.generic]:
+        kind = torch.from_numpy(np.zeros(0, dtype)).dtype
+        tensor = torch.zeros(size, dtype=kind, pin_memory=self._pin)
+        self._tensors[name] = tensor
+        array: npt.NDArray[np.generic] = tensor.numpy()
+        return array
+
+    def _make_adjusts(self, size: int) -> None:
+        self._adjust_ids = self._new("adjust_ids", size, np.int64)
+        self._adjust_counts = self._new("adjust_counts", size, np.int32)
+        self._adjust_bias = self._new("adjust_bias", size, np.float32)
+
+    # --- what the worker reads
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The inputs of the step by name, as in the table above: views, valid until `fill`."""
+        sizes, full = self.sizes, self._tensors
+        tokens, seqs, rows, entries = sizes.tokens, sizes.sequences, sizes.rows, sizes.adjusts
+        return {
+            "input_ids": full["input_ids"][:tokens].view(1, tokens),
+            "position_ids": full["position_ids"][:tokens].view(1, tokens),
+            "slot_mapping": full["slot_mapping"][:tokens],
+            "query_start": full["query_start"][: seqs + 1],
+            "seq_lens": full["seq_lens"][:seqs],
+            "block_table": full["block_table"][: seqs * sizes.blocks].view(seqs, sizes.blocks),
+            "logits_indices": full["logits_indices"][:rows],
+            "sample_floats": full["sample_floats"][: rows * NUM_FLOATS].view(rows, NUM_FLOATS),
+            "sample_ints": full["sample_ints"][: rows * NUM_INTS].view(rows, NUM_INTS),
+            "adjust_start": full["adjust_start"][: rows + 1],
+            "adjust_ids": full["adjust_ids"][:entries],
+            "adjust_counts": full["adjust_counts"][:entries],
+            "adjust_bias": full["adjust_bias"][:entries],
+        }
+
+    # --- filling
+
+    def fill(self, plan: Plan) -> Sizes:
+        """Write the inputs of a step; gives its sizes."""
+        self._step = _Cursor()
+        self.wants_logprobs = False
+        longest = 0
+        for sequence in plan.decodes:
+            if self._owners[sequence.slot] is not sequence or (
+                sequence.num_tabled != len(sequence.blocks)
+            ):
+                self._bind(sequence)
+            self.wants_logprobs |= sequence.wants_logprobs
+        if plan.decodes:
+            longest = self._fill_decodes(plan.decodes)
+        for chunk in plan.chunks:
+            longest = max(longest, self._fill_chunk(chunk))
+        self._fill_table(plan, longest)
+        entries = self._fill_adjusts(plan)
+        step = self._step
+        self.sizes = Sizes(step.tokens, step.sequences, step.rows, self._width(longest), entries)
+        return self.sizes
+
+    def _width(self, longest: int) -> int:
+        return max(1, -(-longest // self.spec.block_size))
+
+    def _bind(self, sequence: Sequence) -> None:
+        """Bring the slot of a sequence up to date: its options, and the new end of its table."""
+        slot = sequence.slot
+        row = self._table[slot]
+        if self._owners[slot] is not sequence:
+            self._owners[slot] = sequence
+            sequence.num_tabled = 0
+            self._floats[slot], self._ints[slot] = _options(sequence)
+        if sequence.num_tabled == 0:
+            row[:] = 0
+        row[sequence.num_tabled : len(sequence.blocks)] = sequence.blocks[sequence.num_tabled :]
+        sequence.num_tabled = len(sequence.blocks)
+
+    def _fill_decodes(self, decodes: list[Sequence]) -> int:
+        """One token and one row a sequence; these come first. Gives the longest length."""
+        count, block_size = len(decodes), self.spec.block_size
+        slots = np.array([sequence.slot for sequence in decodes], np.int64)
+        positions = self._position_ids[:count]
+        positions[:] = [sequence.num_computed for sequence in decodes]
+        self._input_ids[:count] = [sequence.token_ids[-1] for sequence in decodes]
+        block = self._table[slots, positions // block_size].astype(np.int64)
+        self._slot_mapping[:count] = block * block_size + positions % block_size
+        self._query_start[: count + 1] = self._iota[: count + 1]
+        lengths = self._seq_lens[:count]
+        lengths[:] = positions + 1
+        self._logits_indices[:count] = self._iota[:count]
+        self._sample_floats[:count] = self._floats[slots]
+        ints = self._sample_ints[:count]
+        ints[:] = self._ints[slots]
+        ints[:, COUNTER] = lengths
+        self._step = _Cursor(count, count, count)
+        return int(lengths.max())
+
+    def _fill_chunk(self, chunk: Chunk) -> int:
+        """Tokens and rows of one chunk; gives the length of its sequence after the step."""
+        sequence, step, block_size = chunk.sequence, self._step, self.spec.block_size
+        self._bind(sequence)
+        begin, end = step.tokens, step.tokens + chunk.num_tokens
+        stop = chunk.start + chunk.num_tokens
+        positions = self._position_ids[begin:end]
+        positions[:] = self._iota[: chunk.num_tokens] + chunk.start
+        self._input_ids[begin:end] = sequence.token_ids[chunk.start : stop]
+        block = self._table[sequence.slot, positions // block_size].astype(np.int64)
+        self._slot_mapping[begin:end] = block * block_size + positions % block_size
+        self._query_start[step.sequences] = begin
+        self._query_start[step.sequences + 1] = end
+        self._seq_lens[step.sequences] = stop
+        if chunk.num_scores:
+            self._fill_scores(chunk, begin)
+        for draw in chunk.draws:
+            self._fill_draw(draw, end - 1, stop)
+        step.tokens = end
+        step.sequences += 1
+        return stop
+
+    def _fill_scores(self, chunk: Chunk, begin: int) -> None:
+        """Rows that score the tokens of a prompt: the row at position p has target p + 1."""
+        sequence, step = chunk.sequence, self._step
+        rows = slice(step.rows, step.rows + chunk.num_scores)
+        first = chunk.score_start
+        self._logits_indices[rows] = self._iota[: chunk.num_scores] + (begin + first - chunk.start)
+        self._sample_floats[rows] = SCORE_FLOATS
+        ints = self._sample_ints[rows]
+        ints[:] = 0
+        ints[:, COUNTER] = self._iota[: chunk.num_scores] + (first + 1)
+        ints[:, NUM_LOGPROBS] = sequence.params.prompt_logprobs or 0
+        ints[:, TARGET] = sequence.token_ids[first + 1 : first + 1 + chunk.num_scores]
+        self.wants_logprobs = True
+        step.rows += chunk.num_scores
+
+    def _fill_draw(self, sequence: Sequence, index: int, counter: int) -> None:
+        """A row that draws the next token of ``sequence`` from the token at ``index`` of T."""
+        if self._owners[sequence.slot] is not sequence:  # a fork, just made
+            self._bind(sequence)
+        row = self._step.rows
+        self._logits_indices[row] = index
+        self._sample_floats[row] = self._floats[sequence.slot]
+        self._sample_ints[row] = self._ints[sequence.slot]
+        self._sample_ints[row, COUNTER] = counter
+        self.wants_logprobs |= sequence.wants_logprobs
+        self._step.rows += 1
+
+    def _fill_table(self, plan: Plan, longest: int) -> None:
+        width = self._width(longest)
+        slots = [sequence.slot for sequence in plan.decodes]
+        slots += [chunk.sequence.slot for chunk in plan.chunks]
+        table = self._block_table[: len(slots) * width].reshape(len(slots), width)
+        table[:] = self._table[slots, :width]
+
+    def _fill_adjusts(self, plan: Plan) -> int:
+        """The sparse lists of every row, in order of rows; gives N."""
+        rows = self._step.rows
+        starts = self._adjust_start[: rows + 1]
+        starts[:] = 0
+        total = 0
+        row = -1
+        for row, sequence in enumerate(plan.decodes):
+            if sequence.has_adjust:
+                total = self._put_adjust(sequence, total)
+            starts[row + 1] = total
+        row += 1
+        for chunk in plan.chunks:
+            starts[row : row + chunk.num_scores + 1] = total
+            row += chunk.num_scores
+            for draw in chunk.draws:
+                if draw.has_adjust:
+                    total = self._put_adjust(draw, total)
+                row += 1
+                starts[row] = total
+        assert row == rows, (row, rows)
+        if total == 0:
+            self._adjust_ids[0] = self._adjust_counts[0] = self._adjust_bias[0] = 0
+        return max(total, 1)
+
+    def _put_adjust(self, sequence: Sequence, begin: int) -> int:
+        """Append the entries of a sequence; gives the new end."""
+        adjust = sequence.adjust
+        if adjust is None:
+            adjust = sequence.adjust = Adjust(sequence.request, self.spec.vocab_size)
+        size = adjust.update(sequence.token_ids)
+        end = begin + size
+        if end > len(self._adjust_ids):
+            self._grow_adjusts(end)
+        self._adjust_ids[begin:end] = adjust.ids[:size]
+        self._adjust_counts[begin:end] = adjust.counts[:size]
+        self._adjust_bias[begin:end] = adjust.bias[:size]
+        return end
+
+    def _grow_adjusts(self, needed: int) -> None:
+        old = self._adjust_ids, self._adjust_counts, self._adjust_bias
+        self._make_adjusts(max(needed, 2 * len(old[0])))
+        new = self._adjust_ids, self._adjust_counts, self._adjust_bias
+        for before, after in zip(old, new, strict=True):
+            after[: len(before)] = before
+
+
+@dataclass(slots=True)
+class _Cursor:
+    """How far the step is filled."""
+
+    tokens: int = 0
+    sequences: int = 0
+    rows: int = 0
+
+
+def _options(sequence: Sequence) -> tuple[tuple[float, ...], tuple[int, ...]]:
+    """The constant part of a row that draws: floats and ints (the counter is filled in)."""
+    params: SamplingParams = sequence.params
+    floats = (
+        params.temperature,
+        params.top_p,
+        params.min_p,
+        params.repetition_penalty,
+        params.presence_penalty,
+        params.frequency_penalty,
+    )
+    logprobs = NO_LOGPROBS if params.logprobs is None else params.logprobs
+    return floats, (params.top_k, sequence.seed, 0, logprobs, NO_TARGET)

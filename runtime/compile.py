@@ -1,0 +1,314 @@
+"""Compile a model: checkpoint -> program -> passes -> regions -> artifact, cached by key.
+
+This is where the rooms meet: `models` gives the module and its weights' names, `passes` the
+column, `compiler` everything else. Not here: memory and running (`plan`, `worker`).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fxlm.compiler import artifact as artifacts
+from fxlm.compiler import key as keys
+from fxlm.compiler.artifact import Artifact, dtype_name
+from fxlm.compiler.errors import ArtifactError
+from fxlm.compiler.options import CompileOptions, resolve_dtype
+from fxlm.compiler.pipeline import GraphPass, disable, order
+from fxlm.compiler.program import Facts, Program
+from fxlm.models.checkpoint import Checkpoint
+from fxlm.passes.column import default_column
+
+Report = Callable[[str, float], None]
+
+# What the tokenizer, the template and the defaults of a request need.
+MODEL_FILES = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "tokenizer.model",
+    "vocab.json", "merges.txt", "vocab.txt",
+)  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class Compilation:
+    """Result of `compile_model`.
+
+    Attributes:
+        artifact: opened and checked.
+        cached: whether it was there already.
+        seconds: of each stage, by name.
+        program: the final program, if it was compiled now.
+    """
+
+    artifact: Artifact
+    cached: bool
+    seconds: dict[str, float] = field(default_factory=dict)
+    program: Program | None = None
+
+
+def cache_directory(choice: str | Path | None = None) -> Path:
+    """Where artifacts are kept: the choice, or ``$XDG_CACHE_HOME/fxlm``, or ``~/.cache/fxlm``."""
+    if choice is not None:
+        return Path(choice).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "fxlm"
+
+
+def compile_model(
+    checkpoint: Checkpoint,
+    options: CompileOptions,
+    *,
+    cache_dir: Path | None = None,
+    output: Path | None = None,
+    report: Report | None = None,
+) -> Compilation:
+    """Find or make the artifact of a checkpoint.
+
+    Args:
+        checkpoint: opened.
+        options: see `CompileOptions`.
+        cache_dir: see `cache_directory`.
+        output: put the artifact here instead of into the cache.
+        report: called with (stage, seconds) as each stage ends.
+
+    Raises:
+        UnsupportedModel, PassError, InvalidOption: the model or the passes are at fault.
+    """
+    dtype, _ = resolve_dtype(options.dtype, stored_dtype(checkpoint), options.device)
+    column = disable(order(default_column(), options.passes), options.disabled)
+    factors = keys.factors(checkpoint.digest(), dtype_name(dtype), options, column)
+    key = keys.digest(factors)
+    root = cache_directory(cache_dir)
+    path = output or root / "artifacts" / key[:32]
+    with _lock(path):
+        found = _existing(path, key)
+        if found is not None:
+            return Compilation(artifact=found, cached=True)
+        work = _Compiler(checkpoint, options, dtype, root / "regions", report)
+        work.factors, work.key = factors, key
+        return work.run(path)
+
+
+def _existing(path: Path, key: str) -> Artifact | None:
+    """The artifact at ``path`` if it is whole and has this key; a damaged one is made anew."""
+    try:
+        found = artifacts.open_artifact(path)
+    except ArtifactError:
+        return None
+    return found if found.key == key else None
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """One process compiles, the others wait for it; a read-only cache needs no lock."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = (path.parent / f".{path.name}.lock").open("w")
+    except OSError:
+        yield
+        return
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+class _Compiler:
+    """One run from checkpoint to artifact, with the time of each stage."""
+
+    factors: dict[str, Any]
+    key: str
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        options: CompileOptions,
+        dtype: torch.dtype,
+        pool: Path,
+        report: Report | None,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.options = options
+        self.dtype = dtype
+        self.pool = pool
+        self.report = report
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - started
+        if self.report is not None:
+            self.report(name, self.seconds[name])
+
+    def run(self, path: Path) -> Compilation:
+        program = self.program()
+        from fxlm.compiler.hoist import hoist
+        from fxlm.compiler.outline import outline
+
+        with self.stage("hoist and outline"):
+            cut = hoist(program)
+            plan = outline(cut.step)
+        with artifacts.writing(path) as work:
+            _write_graphs(work, program, cut, plan)
+            if not self.options.eager:
+                self.lower(work, plan)
+            with self.stage("write"):
+                _copy_model_files(self.checkpoint.path, work / "model")
+                artifacts.write_manifest(work, self.manifest(program, cut, plan))
+        artifact = artifacts.open_artifact(path)
+        return Compilation(
+            artifact=artifact, cached=False, seconds=self.seconds, program=program
+        )
+
+    def program(self) -> Program:
+        """Capture and run the column."""
+        with self.stage("import"):
+            from fxlm.compiler.capture import capture
+            from fxlm.compiler.pipeline import run
+            from fxlm.models.binding import bind
+            from fxlm.models.build import build_model
+        with self.stage("build"):
+            trust = self.options.trust_remote_code
+            model = build_model(self.checkpoint, self.dtype, trust_remote_code=trust)
+            binding = bind(self.checkpoint, model)
+        with self.stage("capture"):
+            program = capture(model, self.facts(model))
+        raw = {n: _raw_type(self.checkpoint, n) for n in binding.names}
+        column = default_column(bind_checkpoint={"convert": binding.convert, "raw": raw})
+        with self.stage("passes"):
+            run(program, disable(order(column, self.options.passes), self.options.disabled))
+        return program
+
+    def facts(self, model: Any) -> Facts:
+        from fxlm.models.facts import facts
+
+        found = facts(model.config)
+        return Facts(
+            model_type=found.model_type,
+            vocab_size=found.vocab_size,
+            max_position_embeddings=found.max_position_embeddings,
+            num_layers=found.num_layers,
+            dtype=self.dtype,
+            device=torch.device(self.options.device),
+            block_size=self.options.block_size,
+        )
+
+    def lower(self, work: Path, plan: Any) -> None:
+        """Compile each region, or take it from the pool of regions compiled before."""
+        from fxlm.compiler.lower import default_options, lower
+
+        self.pool.mkdir(parents=True, exist_ok=True)
+        same = {k: self.factors[k] for k in ("versions", "device", "source")}
+        for region in plan.regions:
+            identity = [region.digest, same, default_options()]
+            pooled = self.pool / f"{keys.digest(identity)[:32]}.pt2"
+            with self.stage(f"compile {region.name}"):
+                if not pooled.exists():
+                    lower(region, pooled)
+                shutil.copyfile(pooled, work / "regions" / f"{region.name}.pt2")
+
+    def manifest(self, program: Program, cut: Any, plan: Any) -> dict[str, Any]:
+        weights = {
+            node.name: _tensor_spec(node.meta["val"])
+            for node in cut.step.nodes
+            if node.op == "placeholder" and cut.step_inputs[node.name].role == "weight"
+        }
+        facts = program.facts
+        return {
+            "key": self.key,
+            "factors": self.factors,
+            "compiled": not self.options.eager,
+            "model": {
+                "model_type": facts.model_type, "vocab_size": facts.vocab_size,
+                "max_position_embeddings": facts.max_position_embeddings,
+                "num_layers": facts.num_layers, "dtype": dtype_name(facts.dtype),
+                "device": facts.device.type, "block_size": facts.block_size,
+                "max_logprobs": facts.max_logprobs,
+            },
+            "checkpoint": self.checkpoint.digest(),
+            "weights": {name: weights[name] for name in cut.prepared},
+            "caches": [
+                {"num_kv_heads": c.num_kv_heads, "key_dim": c.key_dim, "value_dim": c.value_dim,
+                 "dtype": dtype_name(c.dtype)} for c in program.caches
+            ],
+            "step_inputs": [
+                [n, s.role, s.source, s.layer] for n, s in cut.step_inputs.items()
+            ],
+            "regions": {r.name: r.digest for r in plan.regions},
+            "calls": [
+                {"region": c.region, "inputs": c.inputs, "outputs": c.outputs} for c in plan.calls
+            ],
+            "results": plan.results,
+            "passes": [_pass_line(report) for report in program.log],
+            "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
+        }  # fmt: skip
+
+
+def stored_dtype(checkpoint: Checkpoint) -> str:
+    """Name of the dtype that the checkpoint's config states, or ``""``."""
+    config = checkpoint.config
+    nested = config.get("text_config") or {}
+    found = [c.get(k) for c in (config, nested) for k in ("dtype", "torch_dtype") if c.get(k)]
+    return str(found[0]) if found else ""
+
+
+def _raw_type(checkpoint: Checkpoint, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+    tensor = checkpoint.read(name)
+    return tensor.dtype, tuple(tensor.shape)
+
+
+def _tensor_spec(value: torch.Tensor) -> dict[str, Any]:
+    return {
+        "dtype": dtype_name(value.dtype),
+        "shape": [int(s) for s in value.shape],
+        "stride": [int(s) for s in value.stride()],
+    }
+
+
+def _pass_line(report: Any) -> dict[str, Any]:
+    return {
+        "name": report.name, "rewrites": report.rewrites, "source": report.source_digest,
+        "nodes_before": report.nodes_before, "nodes_after": report.nodes_after,
+        "seconds": round(report.seconds, 4), "added": report.added, "removed": report.removed,
+    }  # fmt: skip
+
+
+def _write_graphs(work: Path, program: Program, cut: Any, plan: Any) -> None:
+    import json
+
+    from safetensors.torch import save_file
+
+    from fxlm.compiler import graph_json
+
+    inputs = {name: [spec.role, spec.source] for name, spec in cut.load_inputs.items()}
+    content = {"inputs": inputs, "graph": graph_json.dump(cut.load)}
+    (work / "load.json").write_text(json.dumps(content))
+    used = {spec.source for spec in cut.load_inputs.values() if spec.role == "constant"}
+    constants = {k: v.contiguous() for k, v in program.constants.items() if k in used}
+    save_file(constants, work / "constants.safetensors")
+    (work / "regions").mkdir()
+    for region in plan.regions:
+        text = json.dumps(graph_json.dump(region.graph))
+        (work / "regions" / f"{region.name}.json").write_text(text)
+
+
+def _copy_model_files(source: Path, target: Path) -> None:
+    target.mkdir()
+    for name in MODEL_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def column_of(options: CompileOptions) -> list[GraphPass]:
+    """The passes that these options run, in order."""
+    return disable(order(default_column(), options.passes), options.disabled)

@@ -1,0 +1,357 @@
+"""The engine: requests in, tokens out, one step at a time.
+
+Here: `Engine`. Not here: text (``outputs``), processes (``service``), who runs next
+(``scheduler``), the model (``worker``).
+
+A step is `plan`, `launch`, `commit`. They are apart so that the next step can be planned and
+launched before the tokens of the last one are read.
+"""
+
+import random
+import secrets
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fxlm.compiler.errors import EngineDead, InvalidRequest, OutOfMemory
+from fxlm.runtime.batch import Batch
+from fxlm.runtime.messages import (
+    ITERATION_BUCKETS,
+    EngineInfo,
+    FinishReason,
+    Output,
+    Stats,
+    TokenLogprob,
+)
+from fxlm.runtime.request import Request
+from fxlm.runtime.scheduler import Chunk, Plan, Policy, Scheduler
+from fxlm.runtime.sequence import Sequence, Status
+from fxlm.runtime.step import StepResult, Worker
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """Options of the engine.
+
+    Args:
+        enable_prefix_caching: reuse the blocks of equal prefixes.
+        policy: "fcfs", or "priority" (of the request, lower first; then first come first served).
+        seed: makes the seeds of requests without one repeatable; None draws them at random.
+        check: assert the scheduler's books after every step (tests).
+    """
+
+    enable_prefix_caching: bool = True
+    policy: Policy = "fcfs"
+    seed: int | None = None
+    check: bool = False
+
+
+@dataclass(slots=True)
+class _Live:
+    """A request with completions that are not finished."""
+
+    request: Request
+    sequences: list[Sequence]
+    unfinished: set[int] = field(default_factory=set)
+
+
+class Engine:
+    """Continuous batching over one worker. Not thread-safe.
+
+    Args:
+        worker: runs the steps.
+        config: options.
+    """
+
+    def __init__(self, worker: Worker, config: EngineConfig | None = None) -> None:
+        self.config = config or EngineConfig()
+        self.worker = worker
+        self.spec = worker.spec
+        self.batch = Batch(self.spec)
+        self.scheduler = Scheduler(
+            self.spec,
+            enable_prefix_caching=self.config.enable_prefix_caching,
+            policy=self.config.policy,
+        )
+        self.dead: str | None = None
+        self._live: dict[str, _Live] = {}
+        self._outputs: list[Output] = []  # made outside of a step: aborts
+        self._num_requests = 0
+        self._random = random.Random(self.config.seed) if self.config.seed is not None else None
+        self._stats = Stats(iteration_tokens=[0] * (len(ITERATION_BUCKETS) + 1))
+
+    # --- requests
+
+    def add_request(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            InvalidRequest: a field of it is wrong; nothing was queued.
+            EngineDead: an earlier step failed beyond repair.
+        """
+        if self.dead is not None:
+            raise EngineDead(self.dead)
+        request.verify(self.spec.vocab_size, self.spec.max_model_len)
+        if request.request_id in self._live:
+            raise InvalidRequest(f"request id {request.request_id!r} is in use", "request_id")
+        sequence = Sequence(
+            request,
+            order=self._num_requests,
+            seed=self._seed(request.params.seed),
+            max_model_len=self.spec.max_model_len,
+        )
+        self.scheduler.add(sequence)
+        self._num_requests += 1
+        unfinished = set(range(request.params.n))
+        self._live[request.request_id] = _Live(request, [sequence], unfinished)
+
+    def _seed(self, seed: int | None) -> int:
+        if seed is not None:
+            return seed
+        return self._random.getrandbits(63) if self._random else secrets.randbits(63)
+
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """Stop a request, or one completion of it; its blocks are free when this returns.
+
+        An unknown or finished one is ignored. What was unfinished reports ``finish_reason``
+        "abort" with the next step.
+        """
+        self._outputs += self._end(request_id, "abort", "", index)
+
+    def _end(
+        self, request_id: str, reason: FinishReason, message: str, index: int | None = None
+    ) -> list[Output]:
+        """Finish what is unfinished of a request; gives what its client is to hear."""
+        live = self._live.get(request_id)
+        if live is None:
+            return []
+        indices = [i for i in sorted(live.unfinished) if index is None or i == index]
+        known = {sequence.index: sequence for sequence in live.sequences}
+        outputs = []
+        for i in indices:
+            sequence = known.get(i)  # None: a fork not split off yet
+            if index is not None and (sequence is None or sequence.num_forks):
+                continue  # its prompt still serves the others: it goes on, unheard
+            outputs.append(Output(request_id=request_id, index=i, message=message))
+            self._finish(live, i, sequence, outputs[-1], reason)
+        return outputs
+
+    def _finish(
+        self, live: _Live, index: int, sequence: Sequence | None, output: Output, why: FinishReason
+    ) -> None:
+        """Close one completion: blocks, books and the last fields of its output."""
+        live.unfinished.discard(index)
+        output.finish_reason = why
+        output.num_prompt_tokens = len(live.request.prompt_token_ids)
+        if sequence is not None:
+            output.num_preemptions = sequence.num_preemptions
+            output.num_cached_tokens = max(sequence.num_cached, 0)
+            output.scheduled = sequence.scheduled
+            if sequence.status is not Status.FINISHED:
+                self.scheduler.remove(sequence)
+        finished = self._stats.finished
+        finished[why] = finished.get(why, 0) + 1
+        if not live.unfinished:
+            del self._live[live.request.request_id]
+
+    def has_unfinished(self) -> bool:
+        """Whether `step` has anything to do or to tell."""
+        return bool(self._live or self._outputs)
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests not finished."""
+        return len(self._live)
+
+    # --- steps
+
+    def step(self) -> list[Output]:
+        """Run one step; gives the news of every sequence that it concerned.
+
+        Raises:
+            EngineDead: the worker failed; `fail_all` tells what to tell the requests.
+        """
+        if self.dead is not None:
+            raise EngineDead(self.dead)
+        outputs, self._outputs = self._outputs, []
+        if not self._live:
+            return outputs
+        plan = self.plan()
+        outputs += self._fail(plan)
+        if plan.num_tokens:
+            try:
+                result = self.launch(plan)
+            except OutOfMemory as error:
+                outputs += self._lose(plan, str(error))
+            except Exception as error:
+                self.dead = f"{type(error).__name__}: {error}"
+                self._outputs = outputs
+                raise EngineDead(self.dead) from error
+            else:
+                self.commit(plan, result, outputs)
+        else:
+            assert plan.failed or plan.num_preempted or not self._live, "nothing can run"
+        if self.config.check:
+            self.scheduler.check()
+        return outputs
+
+    def plan(self) -> Plan:
+        """Decide what the next step runs; forks join the live sequences here."""
+        plan = self.scheduler.schedule()
+        self._stats.num_preemptions += plan.num_preempted
+        return plan
+
+    def launch(self, plan: Plan) -> StepResult:
+        """Run a plan on the worker."""
+        self.batch.fill(plan)
+        if plan.copies:
+            self.worker.copy_blocks(plan.copies)
+        return self.worker.run(self.batch)
+
+    def commit(self, plan: Plan, result: StepResult, outputs: list[Output]) -> None:
+        """Append the tokens of a step, index full blocks, finish what ended."""
+        self._count(plan.num_tokens)
+        block_size = self.spec.block_size
+        tokens = result.token_ids
+        for row, sequence in enumerate(plan.decodes):
+            sequence.num_computed += 1
+            if sequence.num_computed % block_size == 0:
+                self.scheduler.commit_blocks(sequence, sequence.num_computed - 1)
+            outputs.append(self._append(sequence, tokens[row], row, result))
+        row = len(plan.decodes)
+        for chunk in plan.chunks:
+            row = self._commit_chunk(chunk, row, result, outputs)
+        assert row == len(tokens), (row, len(tokens))
+
+    def _commit_chunk(
+        self, chunk: Chunk, row: int, result: StepResult, outputs: list[Output]
+    ) -> int:
+        """Gives the first row of the next chunk."""
+        sequence = chunk.sequence
+        sequence.num_computed += chunk.num_tokens
+        self.scheduler.commit_blocks(sequence, chunk.start)
+        if chunk.num_scores:
+            columns = sequence.params.prompt_logprobs or 0
+            for score in range(row, row + chunk.num_scores):
+                sequence.prompt_logprobs.append(_logprobs(result, score, columns))
+            sequence.num_scored += chunk.num_scores
+            row += chunk.num_scores
+        for draw in chunk.draws:
+            if draw is not sequence:
+                self._live[sequence.request.request_id].sequences.append(draw)
+            outputs.append(self._append(draw, result.token_ids[row], row, result))
+            row += 1
+        return row
+
+    def _append(self, sequence: Sequence, token: int, row: int, result: StepResult) -> Output:
+        """Give a sequence its next token."""
+        token_ids = sequence.token_ids
+        token_ids.append(token)
+        output = Output(
+            request_id=sequence.request.request_id, index=sequence.index, token_ids=[token]
+        )
+        if sequence.wants_logprobs:
+            output.logprobs = [_logprobs(result, row, sequence.params.logprobs or 0)]
+        total = len(token_ids)
+        if total == sequence.num_prompt + 1:
+            self._first(sequence, output)
+        self._stats.generation_tokens += 1
+        if token in sequence.stop_ids and total > sequence.min_total:
+            output.stop_reason = sequence.stop_ids[token]
+            self._close(sequence, output, "stop")
+        elif total >= sequence.max_total:
+            self._close(sequence, output, "length")
+        return output
+
+    def _first(self, sequence: Sequence, output: Output) -> None:
+        """What only the first output of a completion tells."""
+        output.num_prompt_tokens = sequence.num_prompt
+        output.num_cached_tokens = max(sequence.num_cached, 0)
+        output.scheduled = sequence.scheduled
+        if sequence.index == 0:
+            self._stats.prompt_tokens += sequence.num_prompt
+            if sequence.params.prompt_logprobs is not None:
+                output.prompt_logprobs = sequence.prompt_logprobs
+                sequence.prompt_logprobs = []
+
+    def _close(self, sequence: Sequence, output: Output, reason: FinishReason) -> None:
+        live = self._live[sequence.request.request_id]
+        self._finish(live, sequence.index, sequence, output, reason)
+
+    # --- failures
+
+    def _fail(self, plan: Plan) -> list[Output]:
+        """Tell the sequences that can never go on; the other completions of a request do."""
+        outputs = []
+        for sequence, message in plan.failed:
+            if sequence.num_forks:  # its completions were not split off: none can ever be
+                outputs += self._end(sequence.request.request_id, "error", message)
+            else:
+                output = Output(request_id=sequence.request.request_id, index=sequence.index)
+                output.message = message
+                self._close(sequence, output, "error")
+                outputs.append(output)
+        return outputs
+
+    def _lose(self, plan: Plan, message: str) -> list[Output]:
+        """End every request that had a part in a step that did not fit into memory."""
+        outputs = []
+        for request_id in {s.request.request_id: None for s in plan.sequences()}:
+            live = self._live[request_id]
+            live.sequences += [s for c in plan.chunks for s in c.draws[1:] if s.request is live.request]
+            outputs += self._end(request_id, "error", message)
+        return outputs
+
+    def fail_all(self, message: str) -> list[Output]:
+        """End every request with an error; gives what their clients are to hear."""
+        outputs, self._outputs = self._outputs, []
+        for request_id in list(self._live):
+            outputs += self._end(request_id, "error", message)
+        return outputs
+
+    def abort_all(self) -> None:
+        """Abort every request (the engine is told to leave)."""
+        for request_id in list(self._live):
+            self.abort(request_id)
+
+    # --- numbers
+
+    def _count(self, num_tokens: int) -> None:
+        stats = self._stats
+        stats.num_steps += 1
+        stats.iteration_tokens_sum += num_tokens
+        bucket = int(np.searchsorted(ITERATION_BUCKETS, num_tokens))
+        stats.iteration_tokens[bucket] += 1
+
+    def stats(self) -> Stats:
+        """Numbers of this moment and totals; the object is reused by the next call."""
+        stats, scheduler = self._stats, self.scheduler
+        stats.num_running = len(scheduler.running)
+        stats.num_waiting = scheduler.num_waiting
+        stats.kv_cache_usage = scheduler.pool.usage
+        stats.prefix_queries = scheduler.prefix_queries
+        stats.prefix_hits = scheduler.prefix_hits
+        return stats
+
+    def info(self) -> EngineInfo:
+        """What a client must know."""
+        spec = self.spec
+        return EngineInfo(
+            vocab_size=spec.vocab_size,
+            max_model_len=spec.max_model_len,
+            max_num_seqs=spec.max_num_seqs,
+            max_num_batched_tokens=spec.max_num_batched_tokens,
+            num_blocks=spec.num_blocks,
+            block_size=spec.block_size,
+        )
+
+
+def _logprobs(result: StepResult, row: int, columns: int) -> list[TokenLogprob]:
+    """The row's token and its rank, then the ``columns`` most likely tokens."""
+    assert result.logprobs is not None, "log-probabilities were asked for and not returned"
+    assert result.logprob_ids is not None
+    assert result.ranks is not None
+    ids = result.logprob_ids[row, : columns + 1].tolist()
+    values = result.logprobs[row, : columns + 1].tolist()
+    ranks = [int(result.ranks[row]), *range(1, columns + 1)]
+    return list(zip(ids, values, ranks, strict=True))

@@ -1,0 +1,96 @@
+"""What a worker is to the engine: its sizes, what it is given and what it gives back.
+
+Here: the `Worker` protocol and its data. Not here: a worker (``worker``), the tensors of a step
+(``batch``).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from fxlm.runtime.batch import Batch
+
+DEFAULT_SCORE_ROWS = 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerSpec:
+    """Sizes fixed when the worker is made.
+
+    Args:
+        num_blocks: blocks of the KV cache, padding block 0 included.
+        block_size: tokens a block.
+        max_num_batched_tokens: most tokens (T) of a step.
+        max_num_seqs: most sequences (S) of a step.
+        max_model_len: most tokens of a sequence, prompt and output.
+        vocab_size: token ids are below it.
+        max_score_rows: most rows a step may spend on prompt log-probabilities; rows (R) never
+            exceed ``max_num_seqs + max_score_rows``, which bounds the logits' memory.
+    """
+
+    num_blocks: int
+    block_size: int
+    max_num_batched_tokens: int
+    max_num_seqs: int
+    max_model_len: int
+    vocab_size: int
+    max_score_rows: int = DEFAULT_SCORE_ROWS
+
+    def __post_init__(self) -> None:
+        assert self.num_blocks >= 2, self
+        assert min(self.block_size, self.max_num_batched_tokens, self.max_num_seqs) >= 1, self
+        assert min(self.vocab_size, self.max_score_rows) >= 1, self
+        assert self.max_model_len >= 2, self
+
+    @property
+    def max_rows(self) -> int:
+        """Most logits rows (R) of a step."""
+        return self.max_num_seqs + self.max_score_rows
+
+    @property
+    def max_blocks_per_seq(self) -> int:
+        """Columns (B) of the widest block table."""
+        return -(-self.max_model_len // self.block_size)
+
+
+@dataclass(slots=True)
+class StepResult:
+    """Outputs of one step, on the host, a row each.
+
+    Args:
+        token_ids: drawn (or scored) token of each row, length R.
+        logprobs: float32 [R, L+1] or None when no row asked; column 0 is the token of the row.
+        logprob_ids: int64 [R, L+1].
+        ranks: int64 [R], rank of the token of the row, 1 = most likely.
+    """
+
+    token_ids: Sequence[int]
+    logprobs: npt.NDArray[np.float32] | None = None
+    logprob_ids: npt.NDArray[np.int64] | None = None
+    ranks: npt.NDArray[np.int64] | None = None
+
+
+class Worker(Protocol):
+    """Runs steps.
+
+    `OutOfMemory` raised by `run` or `copy_blocks` fails the requests of that step; any other
+    exception ends the engine.
+    """
+
+    @property
+    def spec(self) -> WorkerSpec: ...
+
+    def run(self, batch: "Batch") -> StepResult:
+        """Run the step that ``batch`` holds; blocks until its tokens are on the host."""
+        ...
+
+    def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
+        """Copy whole blocks (source, destination) in every layer, before the step.
+
+        Destinations are distinct; a source is read before any destination is written.
+        """
+        ...
