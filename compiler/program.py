@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from fxlm.compiler.report import PassReport
@@ -87,6 +87,7 @@ class Program:
         caches: KV memory per attention layer, once paged.
         log: one report a pass.
         misses: near misses of the running pass, shown when it fires too seldom.
+        symbols: sizes that change from step to step, by name.
     """
 
     module: fx.GraphModule
@@ -98,6 +99,7 @@ class Program:
     caches: list[CacheSpec] = field(default_factory=list)
     log: list[PassReport] = field(default_factory=list)
     misses: list[str] = field(default_factory=list)
+    symbols: dict[str, torch.SymInt] = field(default_factory=dict)
 
     @property
     def graph(self) -> fx.Graph:
@@ -148,17 +150,24 @@ class Program:
         value = self.fake_tensor(shape, dtype)
         return self.add_input(name, Input(role="step", source=name), value)
 
-    def fake_tensor(self, shape: Sequence[int | str], dtype: torch.dtype) -> FakeTensor:
-        """A fake tensor on the program's device; string sizes become fresh symbols."""
-        # Hints are arbitrary, distinct and > 1, so that nothing is specialised to 0 or 1.
-        hints = [s if isinstance(s, int) else 5 + 2 * i for i, s in enumerate(shape)]
-        dynamic = [
-            DimDynamic.STATIC if isinstance(s, int) else DimDynamic.DYNAMIC for s in shape
-        ]
-        real = torch.empty(hints, dtype=dtype, device="meta")
-        context = StatelessSymbolicContext(dynamic_sizes=dynamic)
-        fake = self.fake_mode.from_tensor(real, symbolic_context=context)
-        return FakeTensor(self.fake_mode, fake.to("meta"), self.facts.device)
+    def fake_tensor(self, shape: Sequence[int | str], dtype: torch.dtype) -> torch.Tensor:
+        """A fake tensor on the program's device; a string is a size by name, e.g. ``T``."""
+        sizes = [s if isinstance(s, int) else self.symbol(s) for s in shape]
+        with self.fake_mode:
+            return torch.empty(sizes, dtype=dtype, device=self.facts.device)
+
+    def symbol(self, name: str) -> torch.SymInt:
+        """The size of this name, the same in every input; ``T`` is the number of tokens."""
+        if name not in self.symbols:
+            if name == "T":
+                size = self.find_step_input("input_ids").meta["val"].shape[1]
+            else:
+                # The hint is arbitrary, but > 1, so that nothing is specialised to 0 or 1.
+                real = torch.empty(5 + 2 * len(self.symbols), device="meta")
+                context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+                size = self.fake_mode.from_tensor(real, symbolic_context=context).shape[0]
+            self.symbols[name] = size
+        return self.symbols[name]
 
     def miss(self, node: fx.Node, reason: str) -> None:
         """Record that ``node`` nearly matched the running pass, and why it did not."""

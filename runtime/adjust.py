@@ -43,8 +43,9 @@ class Adjust:
         if params.repetition_penalty != 1.0:
             self._add(dict.fromkeys(request.prompt_token_ids), 0)
         self._add_bias(params.logit_bias or {})
-        stops = {*request.eos_token_ids, *(params.stop_token_ids or ())} if params.min_tokens else ()
-        self._ban(sorted(token for token in stops if 0 <= token < vocab_size))
+        stops = {*request.eos_token_ids, *(params.stop_token_ids or ())}
+        known = sorted(token for token in stops if 0 <= token < vocab_size)
+        self._ban(known if params.min_tokens else [])
 
     def update(self, token_ids: list[int]) -> int:
         """Count the tokens that are new; gives the number of entries that count now.
@@ -69,8 +70,8 @@ class Adjust:
             self.bias[self._place(token)] = min(max(bias, -MAX_BIAS), MAX_BIAS)
 
     def _ban(self, tokens: list[int]) -> None:
-        self._banned = [self._place(token) for token in tokens]
-        self._unbanned = self.bias[self._banned].copy()
+        self._banned: list[int] = [self._place(token) for token in tokens]
+        self._unbanned: npt.NDArray[np.float32] = self.bias[self._banned].copy()
         self.bias[self._banned] = -np.inf
 
     def _add(self, tokens: Iterable[int], count: int) -> None:

@@ -30,6 +30,7 @@ bound known beforehand: its buffers double when they are too small, and then mov
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -66,7 +67,9 @@ class Batch:
         wants_logprobs: whether a row of it asks for log-probabilities.
     """
 
-    def __init__(self, spec: WorkerSpec, *, pin_memory: bool = False, num_adjusts: int = 1024) -> None:
+    def __init__(
+        self, spec: WorkerSpec, *, pin_memory: bool = False, num_adjusts: int = 1024
+    ) -> None:
         self.spec = spec
         self.sizes = Sizes()
         self.wants_logprobs = False
@@ -97,11 +100,11 @@ class Batch:
         self._iota = np.arange(max(tokens, rows) + 1, dtype=np.int64)
         self._step = _Cursor()
 
-    def _new(self, name: str, size: int, dtype: type[np.generic]) -> npt.NDArray[np.generic]:
+    def _new(self, name: str, size: int, dtype: type[np.generic]) -> npt.NDArray[Any]:
         kind = torch.from_numpy(np.zeros(0, dtype)).dtype
         tensor = torch.zeros(size, dtype=kind, pin_memory=self._pin)
         self._tensors[name] = tensor
-        array: npt.NDArray[np.generic] = tensor.numpy()
+        array: npt.NDArray[Any] = tensor.numpy()
         return array
 
     def _make_adjusts(self, size: int) -> None:

@@ -174,7 +174,7 @@ class BlockPool:
         free, cached = set(self._free), set(self._cached)
         used = {block for block in range(1, self.num_blocks) if self.refs[block] > 0}
         assert len(free) == len(self._free), "a block is free twice"
-        assert not (free & cached or free & used or cached & used), (free, cached, used)
+        assert len(free | cached | used) == len(free) + len(cached) + len(used)
         assert len(free) + len(cached) + len(used) == self.num_usable, (free, cached, used)
         assert self.refs[PADDING_BLOCK] == 0, self.refs[PADDING_BLOCK]
         assert PADDING_BLOCK not in free | cached

@@ -9,9 +9,8 @@ launched before the tokens of the last one are read.
 
 import random
 import secrets
+from bisect import bisect_left
 from dataclasses import dataclass, field
-
-import numpy as np
 
 from fxlm.compiler.errors import EngineDead, InvalidRequest, OutOfMemory
 from fxlm.runtime.batch import Batch
@@ -199,6 +198,8 @@ class Engine:
         """Decide what the next step runs; forks join the live sequences here."""
         plan = self.scheduler.schedule()
         self._stats.num_preemptions += plan.num_preempted
+        for fork in plan.forks:
+            self._live[fork.request.request_id].sequences.append(fork)
         return plan
 
     def launch(self, plan: Plan) -> StepResult:
@@ -237,8 +238,6 @@ class Engine:
             sequence.num_scored += chunk.num_scores
             row += chunk.num_scores
         for draw in chunk.draws:
-            if draw is not sequence:
-                self._live[sequence.request.request_id].sequences.append(draw)
             outputs.append(self._append(draw, result.token_ids[row], row, result))
             row += 1
         return row
@@ -297,8 +296,6 @@ class Engine:
         """End every request that had a part in a step that did not fit into memory."""
         outputs = []
         for request_id in {s.request.request_id: None for s in plan.sequences()}:
-            live = self._live[request_id]
-            live.sequences += [s for c in plan.chunks for s in c.draws[1:] if s.request is live.request]
             outputs += self._end(request_id, "error", message)
         return outputs
 
@@ -320,8 +317,7 @@ class Engine:
         stats = self._stats
         stats.num_steps += 1
         stats.iteration_tokens_sum += num_tokens
-        bucket = int(np.searchsorted(ITERATION_BUCKETS, num_tokens))
-        stats.iteration_tokens[bucket] += 1
+        stats.iteration_tokens[bisect_left(ITERATION_BUCKETS, num_tokens)] += 1
 
     def stats(self) -> Stats:
         """Numbers of this moment and totals; the object is reused by the next call."""

@@ -149,7 +149,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         limit = max_model_len if self.max_tokens is None else self.max_tokens
         if self.min_tokens > limit:
             _refuse("min_tokens", self.min_tokens, f"it must be at most max_tokens, {limit}")
-        for field, value in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
+        asked = {"logprobs": self.logprobs, "prompt_logprobs": self.prompt_logprobs}
+        for field, value in asked.items():
             if value is not None and not 0 <= value <= MAX_LOGPROBS:
                 _refuse(field, value, f"it must be in 0..{MAX_LOGPROBS}")
 

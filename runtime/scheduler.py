@@ -50,6 +50,7 @@ class Plan:
         decodes: sequences with exactly one token, each drawing one.
         chunks: the others.
         copies: (source, destination) blocks to copy before the step; destinations are distinct.
+        forks: sequences split off by this step, those that have to wait included.
         failed: sequences that can never go on, with the reason; they hold no blocks any more.
         num_preempted: sequences that lost their blocks.
         num_tokens: tokens of the step.
@@ -58,6 +59,7 @@ class Plan:
     decodes: list[Sequence] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
+    forks: list[Sequence] = field(default_factory=list)
     failed: list[tuple[Sequence, str]] = field(default_factory=list)
     num_preempted: int = 0
     num_tokens: int = 0
@@ -172,7 +174,7 @@ class Scheduler:
                 scores -= self._plan_chunk(plan, sequence, scores)
         self._admit(plan, scores)
         for chunk in plan.chunks:
-            self._plan_draws(chunk)
+            self._plan_draws(plan, chunk)
         return plan
 
     def _plan_decodes(self, plan: Plan) -> list[Sequence]:
@@ -268,7 +270,7 @@ class Scheduler:
         plan.num_tokens += chunk.num_tokens
         return chunk.num_scores
 
-    def _plan_draws(self, chunk: Chunk) -> None:
+    def _plan_draws(self, plan: Plan, chunk: Chunk) -> None:
         """Split the forks off a prompt that this step completes.
 
         Forks share all its blocks, the last partial one included, until they write to it. Those
@@ -281,6 +283,7 @@ class Scheduler:
         chunk.draws.append(parent)
         while parent.num_forks:
             child = parent.fork(self.spec.max_model_len)
+            plan.forks.append(child)
             if not self._slots:
                 self._push(child)
                 continue

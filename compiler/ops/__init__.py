@@ -14,13 +14,11 @@ Not here: the passes that place the ops into a graph (``fxlm.passes``).
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
 
-_log = logging.getLogger(__name__)
 _library: torch.library.Library | None = None  # dropping it would unregister the ops
 _cpu: str = ""
 
@@ -34,21 +32,13 @@ def load() -> None:
     global _library, _cpu
     if _library is not None:
         return
-    from fxlm.compiler.ops import fake
+    from fxlm.compiler.ops import build, fake
 
     _library = fake.register()
-    _cpu = _load_kernels()
+    _cpu = build.load_kernels()
 
 
 def cpu_implementation() -> str:
     """What runs the ops on CPU after `load`: an ISA such as ``avx512`` or ``reference``."""
     load()
     return _cpu
-
-
-def _load_kernels() -> str:
-    try:
-        from fxlm.compiler.ops import build
-    except ImportError:
-        return "reference"
-    return build.load_kernels()

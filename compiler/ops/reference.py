@@ -208,8 +208,8 @@ def sample(
 
 def _finite(logits: Tensor) -> Tensor:
     """NaN -> -inf; +inf -> the largest float; -0 -> +0."""
-    limit = torch.finfo(torch.float32).max
-    return torch.nan_to_num(logits, nan=NEGATIVE_INFINITY, posinf=limit, neginf=NEGATIVE_INFINITY) + 0.0
+    low, high = NEGATIVE_INFINITY, torch.finfo(torch.float32).max
+    return torch.nan_to_num(logits, nan=low, posinf=high, neginf=low) + 0.0
 
 
 def _adjust(

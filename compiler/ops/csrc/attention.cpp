@@ -151,11 +151,6 @@ void pack_keys(const T* const* rows, int width, void* packed) {
     }
 }
 
-template <class T>
-inline T element(const T* p) {
-  return *p;
-}
-
 // ---- one tile ---------------------------------------------------------------------------------
 
 struct Tile {
@@ -396,3 +391,133 @@ class Worker {
   const T* key_rows_[kSplit];
   const T* value_rows_[kSplit];
 };
+
+// ---- planning ---------------------------------------------------------------------------------
+
+struct Plan {
+  std::vector<Tile> tiles;
+  std::vector<Item> items;    // dearest first
+  std::vector<int32_t> parted;  // tiles whose splits are walked by several threads
+  int64_t partial_rows = 0;
+};
+
+void plan_sequence(const Attention& args, int64_t sequence, std::vector<Tile>& tiles) {
+  const int64_t queries = args.query_start[sequence + 1] - args.query_start[sequence];
+  const int64_t group = args.heads / args.kv_heads, rows = queries * group;
+  const int64_t most = std::max<int64_t>(kRows, std::min<int64_t>(group, kMaxRows));
+  const int64_t start = args.seq_lens[sequence] - queries;
+  for (int64_t first = 0; first < rows; first += most) {
+    Tile tile{sequence, 0, first, std::min(most, rows - first), 0, 0, -1};
+    const int64_t at = start + first / group;
+    if (args.window > 0) tile.low = std::max<int64_t>(0, at - args.window + 1);
+    if (args.chunk > 0) tile.low = std::max(tile.low, at / args.chunk * args.chunk);
+    tile.high = start + (first + tile.rows - 1) / group + 1;
+    for (tile.head = 0; tile.head < args.kv_heads; ++tile.head) tiles.push_back(tile);
+  }
+}
+
+// A tile is parted where it alone would keep one thread busy while others have nothing to do.
+Plan make_plan(const Attention& args) {
+  Plan plan;
+  int64_t total = 0;
+  for (int64_t i = 0; i < args.sequences; ++i) plan_sequence(args, i, plan.tiles);
+  for (const Tile& tile : plan.tiles) total += tile.cost();
+  const int64_t threads = num_threads();
+  for (size_t i = 0; i < plan.tiles.size(); ++i) {
+    Tile& tile = plan.tiles[i];
+    const bool parted = threads > 1 && tile.splits() > 1 && tile.cost() * threads * 4 > total;
+    if (!parted) {
+      plan.items.push_back({int32_t(i), -1});
+      continue;
+    }
+    tile.partials = plan.partial_rows;
+    plan.partial_rows += tile.splits() * tile.rows;
+    plan.parted.push_back(int32_t(i));
+    for (int64_t s = 0; s < tile.splits(); ++s) plan.items.push_back({int32_t(i), int32_t(s)});
+  }
+  auto cost = [&plan](const Item& item) {
+    const Tile& tile = plan.tiles[item.tile];
+    return item.split < 0 ? tile.cost() : tile.rows;
+  };
+  std::stable_sort(plan.items.begin(), plan.items.end(),
+                   [&](const Item& a, const Item& b) { return cost(a) > cost(b); });
+  return plan;
+}
+
+template <class T, class B>
+void run(const Attention& args) {
+  const Plan plan = make_plan(args);
+  const int64_t ld = kHeader + round_up(args.dv, W);
+  const std::unique_ptr<float[]> partials(new float[plan.partial_rows * ld]);
+  for_each_item(int64_t(plan.items.size()), [&](int64_t i) {
+    const Item& item = plan.items[i];
+    const Tile& tile = plan.tiles[item.tile];
+    Worker<T, B> worker(args, tile);
+    if (item.split < 0)
+      worker.all_splits();
+    else
+      worker.split(tile.low / kSplit + item.split,
+                   partials.get() + (tile.partials + item.split * tile.rows) * ld);
+  });
+  for_each_item(int64_t(plan.parted.size()), [&](int64_t i) {
+    const Tile& tile = plan.tiles[plan.parted[i]];
+    Worker<T, B>(args, tile).fold_partials(partials.get() + tile.partials * ld);
+  });
+}
+
+template <class T>
+void write_heads(const Attention& args, const Strided& from, void* cache, int64_t width,
+                 int64_t token) {
+  const int64_t slot = args.slots[token];
+  const int64_t block = slot / args.block_size, offset = slot % args.block_size;
+  for (int64_t head = 0; head < args.kv_heads; ++head) {
+    const T* source =
+        static_cast<const T*>(from.data) + head * from.head + token * from.token;
+    T* target = static_cast<T*>(cache) +
+                ((block * args.kv_heads + head) * args.block_size + offset) * width;
+    if (from.dim == 1)
+      std::memcpy(target, source, width * sizeof(T));
+    else
+      for (int64_t d = 0; d < width; ++d) target[d] = source[d * from.dim];
+  }
+}
+
+template <class T>
+void write_tokens(const Attention& args) {
+  constexpr int64_t batch = 32;  // tokens an item
+  for_each_item((args.tokens + batch - 1) / batch, [&](int64_t i) {
+    for (int64_t t = i * batch; t < std::min(args.tokens, (i + 1) * batch); ++t) {
+      if (args.slots[t] < 0) continue;
+      write_heads<T>(args, args.k, args.k_cache, args.dk, t);
+      write_heads<T>(args, args.v, args.v_cache, args.dv, t);
+    }
+  });
+}
+
+}  // namespace
+
+void write_cache(const Attention& args) {
+  if (args.k.data == nullptr) return;
+  if (args.dtype == Dtype::f32)
+    write_tokens<float>(args);
+  else
+    write_tokens<Bf16>(args);  // 16 bits are 16 bits
+}
+
+void paged_attention(const Attention& args) {
+#if defined(__AVX512BF16__)
+  using PackedBf16 = Pairs;
+#else
+  using PackedBf16 = Floats;
+#endif
+  switch (args.dtype) {
+    case Dtype::f32:
+      return run<float, Floats>(args);
+    case Dtype::bf16:
+      return run<Bf16, PackedBf16>(args);
+    case Dtype::f16:
+      return run<F16, Floats>(args);
+  }
+}
+
+}  // namespace fxlm

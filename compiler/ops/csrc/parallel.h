@@ -28,8 +28,4 @@ void for_each_item(int64_t count, const Body& body) {
       &queue);
 }
 
-// A buffer of the calling thread, grown and kept: fresh pages on every call cost more than work.
-template <class Tag>
-inline char* scratch(size_t bytes);
-
 }  // namespace fxlm

@@ -188,10 +188,15 @@ inline vf vtanh(vf x) {
 // W x W in registers, log2(W) butterflies.
 template <int S, int... J>
 inline void butterfly(vf& a, vf& b, std::integer_sequence<int, J...>) {
+#if defined(__clang__)
+  const vf first = __builtin_shufflevector(a, b, ((J & S) ? W + J - S : J)...);
+  b = __builtin_shufflevector(a, b, ((J & S) ? W + J : J + S)...);
+#else
   const vi low = {((J & S) ? W + J - S : J)...};
   const vi high = {((J & S) ? W + J : J + S)...};
   const vf first = __builtin_shuffle(a, b, low);
   b = __builtin_shuffle(a, b, high);
+#endif
   a = first;
 }
 template <int S>

@@ -1,0 +1,310 @@
+"""Coverage: every causal LM that transformers registers, tiny and random, through fxlm.
+
+    python bench/coverage.py [--only llama,gpt2] [--jobs 2] [--json F] [--markdown docs/models.md]
+
+Each model type runs in a process of its own with a time and a memory limit. Stages: built
+(on meta, with a binding of every tensor), captured (``torch.export``, T dynamic), attention
+(ops in the graph), logits (two ragged sequences in one step equal Hugging Face's eager logits
+of each alone, fp32), tokens (``fxlm check``: compiled greedy tokens equal ``generate``). The
+first stage that fails gives the reason. Written: JSON, and the table with totals.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import resource
+import sys
+import tempfile
+import time
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+STAGES = ("built", "captured", "attention", "logits", "tokens")
+MEMORY_BYTES = 12 << 30
+TOLERANCE = 1e-3  # of the largest logit, fp32
+
+
+def evaluate(checkpoint_dir: Path, *, compiled: bool = False) -> dict[str, Any]:
+    """Take one checkpoint through the stages.
+
+    Args:
+        checkpoint_dir: as ``save_pretrained`` writes it, fp32.
+        compiled: run ``fxlm check`` too (seconds to a minute a model).
+
+    Returns:
+        A key a stage (True, or absent from the first that failed on), ``reason`` ('' if none
+        failed), ``num_attention`` ops and ``architecture``.
+    """
+    result: dict[str, Any] = {"reason": ""}
+    try:
+        _evaluate(Path(checkpoint_dir), result)
+        if compiled:
+            _check(checkpoint_dir, result)
+    except Exception as error:  # the reason is the result
+        result["reason"] = _reason(error)
+        if os.environ.get("FXLM_COVERAGE_TRACE"):
+            traceback.print_exc()
+    return result
+
+
+def _reason(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else ""
+    kind = type(error).__name__
+    return (text if kind in ("UnsupportedModel", "InvalidModel") else f"{kind}: {text}")[:400]
+
+
+def _evaluate(path: Path, result: dict[str, Any]) -> None:
+    import torch
+
+    from fxlm.models.binding import bind
+    from fxlm.models.build import build_model
+    from fxlm.models.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(path)
+    model = build_model(checkpoint, torch.float32)
+    result["architecture"] = type(model).__name__
+    binding = bind(checkpoint, model)
+    result["built"] = True
+    weights = binding.convert({name: checkpoint.read(name) for name in binding.names})
+    exported = _capture(model)
+    result["captured"] = True
+    nodes = [n for n in exported.graph.nodes if str(n.target) == "fxlm.attention.default"]
+    result["num_attention"] = len(nodes)
+    if not nodes:
+        result["reason"] = "no attention op in the graph: it attends in code of its own, or not at all"
+        return
+    result["attention"] = True
+    result["reason"] = _compare(path, exported, weights)
+    result["logits"] = not result["reason"]
+
+
+def _capture(model: Any) -> Any:
+    import torch
+
+    from fxlm.compiler.capture import _export, _fake_parameters, _Logits
+    from fxlm.compiler.program import new_fake_mode
+
+    mode = new_fake_mode()
+    _fake_parameters(model, mode, torch.device("cpu"))
+    with mode:
+        ids, positions = (torch.zeros(1, 7, dtype=torch.long) for _ in range(2))
+    return _export(_Logits(model), ids, positions)
+
+
+def _runner(exported: Any, weights: dict[str, Any]) -> Any:
+    """A function (ids [T], lengths) -> logits [T, V] that runs the captured graph eagerly."""
+    import torch
+
+    class Ragged(torch.fx.Interpreter):
+        lengths: tuple[int, ...] = ()
+
+        def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+            if str(target) != "fxlm.attention.default":
+                return super().call_function(target, args, kwargs)
+            parts = zip(*(x.split(self.lengths, 2) for x in args[:3]), strict=True)
+            return torch.cat([target(*part, *args[3:], **kwargs) for part in parts], 1)
+
+    interpreter = Ragged(exported.graph_module)
+
+    def run(ids: Any, lengths: tuple[int, ...]) -> Any:
+        positions = torch.cat([torch.arange(n) for n in lengths])
+        steps = {"input_ids": ids[None], "position_ids": positions[None]}
+        inputs = []
+        for spec in exported.graph_signature.input_specs:
+            source = (spec.target or spec.arg.name).removeprefix("model_under_capture.")
+            kind = spec.kind.name
+            if kind == "USER_INPUT":
+                inputs.append(steps[spec.arg.name])
+            elif kind == "PARAMETER":
+                inputs.append(weights[source])
+            else:
+                table = exported.constants if spec.target in exported.constants else None
+                inputs.append((table or exported.state_dict)[spec.target])
+        interpreter.lengths = lengths
+        with torch.no_grad():
+            return interpreter.run(*inputs)[0][0]
+
+    return run
+
+
+def _compare(path: Path, exported: Any, weights: dict[str, Any]) -> str:
+    """Compare logits with Hugging Face; returns what is wrong, '' if nothing."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    generator = torch.Generator().manual_seed(7)
+    lengths = (11, 19)
+    ids = torch.randint(3, 250, (sum(lengths),), generator=generator)
+    with torch.no_grad():
+        expected = [
+            model(input_ids=part[None], use_cache=False).logits[0] for part in ids.split(lengths)
+        ]
+    run = _runner(exported, weights)
+    alone = _error(run(ids[: lengths[0]], lengths[:1]), expected[0])
+    if alone > TOLERANCE:
+        return f"logits of one sequence differ from eager by {alone:.1e} of the largest"
+    ragged = _error(run(ids, lengths), torch.cat(expected))
+    if ragged > TOLERANCE:
+        return "tokens of a step mix outside attention (recurrence, convolution, own positions)"
+    return ""
+
+
+def _error(got: Any, want: Any) -> float:
+    if not bool(want.isfinite().all()):
+        return float("inf")
+    return float((got.float() - want.float()).abs().max() / want.float().abs().max())
+
+
+def _check(path: Path, result: dict[str, Any]) -> None:
+    """Hook of ``fxlm check``: compile, serve, compare greedy tokens with ``generate``."""
+    from fxlm.runtime.check import check_model
+
+    report = check_model(str(path))
+    result["tokens"] = bool(report.tokens_equal)
+    if not result["tokens"] and not result["reason"]:
+        result["reason"] = str(report.reason)
+
+
+def _child(model_type: str, folder: str, out: str, compiled: bool) -> None:
+    """Body of the forked process: write the checkpoint, evaluate it, write JSON."""
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    with open(os.devnull, "w") as null:
+        if not os.environ.get("FXLM_COVERAGE_TRACE"):
+            os.dup2(null.fileno(), 1)
+            os.dup2(null.fileno(), 2)
+    from fxlm.models.tiny import write_checkpoint
+
+    try:
+        write_checkpoint(model_type, folder)
+        result = evaluate(Path(folder), compiled=compiled)
+    except BaseException as error:
+        result = {"reason": f"no tiny checkpoint: {_reason(error)}"}
+        if os.environ.get("FXLM_COVERAGE_TRACE"):
+            traceback.print_exc()
+    Path(out).write_text(json.dumps(result))
+
+
+def run_one(model_type: str, seconds: float, compiled: bool) -> dict[str, Any]:
+    """Evaluate one type in a forked process under its limits."""
+    started = time.monotonic()
+    context = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory() as folder:
+        out = f"{folder}/result.json"
+        process = context.Process(target=_child, args=(model_type, f"{folder}/m", out, compiled))
+        process.start()
+        process.join(seconds)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            result: dict[str, Any] = {"reason": f"took longer than {seconds:.0f} s"}
+        elif Path(out).exists():
+            result = json.loads(Path(out).read_text())
+        else:
+            result = {"reason": f"its process ended with code {process.exitcode}"}
+    return {"model_type": model_type, **result, "seconds": round(time.monotonic() - started, 1)}
+
+
+def _preload() -> None:
+    """Import once what every forked process needs."""
+    import warnings
+
+    import torch
+    import transformers
+
+    import fxlm.compiler.capture
+    import fxlm.models.binding
+    import fxlm.models.build
+    import fxlm.models.tiny
+    from fxlm.models import attention, experts
+
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    attention.register()
+    experts.register()
+    torch.export.export(torch.nn.Linear(2, 2), (torch.zeros(1, 2),))
+
+
+def totals(rows: list[dict[str, Any]]) -> dict[str, int]:
+    """Number of rows that reached each stage."""
+    return {stage: sum(bool(row.get(stage)) for row in rows) for stage in STAGES}
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The table of docs/models.md."""
+    import torch
+    import transformers
+
+    counts = totals(rows)
+    head = [
+        "# Models",
+        "",
+        f"Every causal LM that transformers {transformers.__version__} registers ({len(rows)} "
+        f"types), as a tiny random model through fxlm with torch {torch.__version__}; made by "
+        "`python bench/coverage.py`.",
+        "",
+        "| stage | means | models |",
+        "|---|---|---|",
+        f"| built | built without weights, every tensor bound | {counts['built']} |",
+        f"| captured | one graph over a ragged number of tokens | {counts['captured']} |",
+        f"| attention | attends through fxlm's op | {counts['attention']} |",
+        f"| logits | the graph's fp32 logits equal eager's, two sequences in a step | "
+        f"{counts['logits']} |",
+        f"| tokens | compiled greedy tokens equal `generate` | {counts['tokens']} |",
+        "",
+        "| model type | " + " | ".join(STAGES) + " | why not |",
+        "|---|" + "---|" * (len(STAGES) + 1),
+    ]
+    lines = []
+    for row in rows:
+        marks = ["yes" if row.get(stage) else "" for stage in STAGES]
+        reason = row["reason"].replace("|", "\\|").replace("<", "&lt;")
+        lines.append(f"| {row['model_type']} | " + " | ".join(marks) + f" | {reason} |")
+    return "\n".join([*head, *lines, ""])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the coverage and write what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", help="model types, comma separated")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--seconds", type=float, default=300, help="limit for each model")
+    parser.add_argument("--compiled", action="store_true", help="run `fxlm check` too")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--markdown", type=Path)
+    options = parser.parse_args(argv)
+    _preload()
+    from fxlm.models.tiny import model_types
+
+    types = options.only.split(",") if options.only else model_types()
+
+    def one(model_type: str) -> dict[str, Any]:
+        row = run_one(model_type, options.seconds, options.compiled)
+        done = next((s for s in reversed(STAGES) if row.get(s)), "-")
+        print(f"{model_type:32} {done:10} {row['seconds']:6} s  {row['reason'][:150]}", flush=True)
+        return row
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        rows = list(pool.map(one, types))
+    print(json.dumps(totals(rows)))
+    if options.json:
+        options.json.write_text(json.dumps({"totals": totals(rows), "models": rows}, indent=1))
+    if options.markdown:
+        options.markdown.write_text(markdown(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        sys.exit(main())

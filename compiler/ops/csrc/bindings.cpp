@@ -1,0 +1,285 @@
+// Registers the kernels with torch's dispatcher through its stable ABI, so that one binary serves
+// several versions of torch. Checks every argument that a kernel uses as an address; what the
+// kernels do not cover goes to the ops' PyTorch references.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <array>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "attention.h"
+#include "parallel.h"
+#include "sample.h"
+
+#define FXLM_CHECK STD_TORCH_CHECK
+
+namespace fxlm {
+
+int num_threads() {
+  uint32_t threads = 1;
+  torch_get_num_threads(&threads);
+  return int(threads);
+}
+
+void on_threads(int count, void (*body)(void*), void* context) {
+  if (count <= 1) {
+    if (count == 1) body(context);
+    return;
+  }
+  struct Call {
+    void (*body)(void*);
+    void* context;
+  } call{body, context};
+  torch_parallel_for(
+      0, count, 1,
+      [](int64_t begin, int64_t end, void* opaque) {
+        auto* call = static_cast<Call*>(opaque);
+        for (; begin < end; ++begin) call->body(call->context);
+      },
+      &call);
+}
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+using torch::stable::detail::from;
+using torch::stable::detail::to;
+
+std::optional<Dtype> dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::f32;
+    case ScalarType::BFloat16:
+      return Dtype::bf16;
+    case ScalarType::Half:
+      return Dtype::f16;
+    default:
+      return std::nullopt;
+  }
+}
+
+Tensor empty_cpu(const std::vector<int64_t>& sizes, int32_t dtype) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * sizes[i];
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(),
+                                                  strides.data(), dtype,
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+// A dense last dimension, and the type the schema's comment promises.
+template <class T>
+const T* data_of(const Tensor& tensor, ScalarType type, const char* name) {
+  FXLM_CHECK(tensor.scalar_type() == type, name, " has a wrong dtype");
+  const int64_t last = tensor.dim() - 1;
+  FXLM_CHECK(last >= 0 && (tensor.size(last) <= 1 || tensor.stride(last) == 1), name,
+             " is not dense in its last dimension");
+  return static_cast<const T*>(tensor.data_ptr());
+}
+
+Strided strided(const Tensor& tensor) {  // [1, heads, tokens, width]
+  return {tensor.data_ptr(), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
+}
+
+std::vector<float> floats_of(const MaybeTensor& tensor, int64_t count, const char* name) {
+  std::vector<float> out;
+  if (!tensor) return out;
+  FXLM_CHECK(tensor->dim() == 1 && tensor->size(0) == count, name, " is not [heads]");
+  const int64_t stride = tensor->stride(0);
+  const auto dtype = dtype_of(*tensor);
+  FXLM_CHECK(dtype, name, " has a wrong dtype");
+  for (int64_t i = 0; i < count; ++i) {
+    const char* base = static_cast<const char*>(tensor->data_ptr());
+    if (*dtype == Dtype::f32)
+      out.push_back(reinterpret_cast<const float*>(base)[i * stride]);
+    else if (*dtype == Dtype::bf16)
+      out.push_back(to_float(reinterpret_cast<const Bf16*>(base)[i * stride]));
+    else
+      out.push_back(to_float(reinterpret_cast<const F16*>(base)[i * stride]));
+  }
+  return out;
+}
+
+void check_sequences(const Attention& args, int64_t blocks, int64_t columns) {
+  int64_t before = 0;
+  for (int64_t i = 0; i < args.sequences; ++i) {
+    const int64_t begin = args.query_start[i], end = args.query_start[i + 1];
+    const int64_t length = args.seq_lens[i];
+    FXLM_CHECK(begin == before && end >= begin && end <= args.tokens, "query_start[", i, "..",
+               i + 1, "] = ", begin, ", ", end, " does not partition ", args.tokens, " tokens");
+    before = end;
+    if (end == begin) continue;
+    FXLM_CHECK(length >= end - begin && length <= columns * args.block_size, "seq_lens[", i,
+               "] = ", length, " with ", end - begin, " queries and ", columns, " blocks of ",
+               args.block_size);
+    const int32_t* row = args.block_table + i * args.table_stride;
+    for (int64_t b = 0; b * args.block_size < length; ++b)
+      FXLM_CHECK(row[b] >= 0 && row[b] < blocks, "block_table[", i, ", ", b, "] = ", row[b],
+                 " of ", blocks, " blocks");
+  }
+}
+
+void check_slots(const Attention& args, int64_t blocks) {
+  for (int64_t t = 0; t < args.tokens; ++t)
+    FXLM_CHECK(args.slots[t] < blocks * args.block_size, "slot_mapping[", t, "] = ",
+               args.slots[t], " of ", blocks, " blocks of ", args.block_size);
+}
+
+void check_shapes(const Tensor& q, const MaybeTensor& k, const MaybeTensor& v,
+                  const Tensor& k_cache, const Tensor& v_cache, const Attention& args) {
+  FXLM_CHECK(q.size(0) == 1 && q.size(3) == args.dk && args.kv_heads > 0 && args.dk > 0 &&
+                 args.dv > 0 && args.block_size > 0 && args.heads % args.kv_heads == 0,
+             "q [", q.size(0), ", ", q.size(1), ", ", q.size(2), ", ", q.size(3),
+             "] does not fit a cache of ", args.kv_heads, " heads of ", args.dk);
+  FXLM_CHECK(k_cache.is_contiguous() && v_cache.is_contiguous(), "the cache is not contiguous");
+  for (int64_t i = 0; i < 3; ++i)
+    FXLM_CHECK(k_cache.size(i) == v_cache.size(i), "k_cache and v_cache differ in size ", i);
+  FXLM_CHECK(k.has_value() == v.has_value(), "one of k and v is None");
+  if (!k) return;
+  FXLM_CHECK(k->size(1) == args.kv_heads && k->size(2) == args.tokens && k->size(3) == args.dk,
+             "k does not fit q and the cache");
+  FXLM_CHECK(v->size(1) == args.kv_heads && v->size(2) == args.tokens && v->size(3) == args.dv,
+             "v does not fit q and the cache");
+}
+
+// The references have the schema of their twins: hand all arguments on, unchanged.
+Tensor paged_attention_reference(const Tensor& q, const MaybeTensor& k, const MaybeTensor& v,
+                                 const Tensor& k_cache, const Tensor& v_cache,
+                                 const Tensor& slot_mapping, const Tensor& query_start,
+                                 const Tensor& seq_lens, const Tensor& block_table, double scale,
+                                 int64_t window, int64_t chunk, double softcap,
+                                 const MaybeTensor& sinks, const MaybeTensor& slopes) {
+  std::array<StableIValue, 15> stack{
+      from(q),           from(k),        from(v),           from(k_cache), from(v_cache),
+      from(slot_mapping), from(query_start), from(seq_lens), from(block_table), from(scale),
+      from(window),      from(chunk),    from(softcap),     from(sinks),   from(slopes)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("fxlm::paged_attention_reference", "", stack.data(),
+                                               TORCH_ABI_VERSION));
+  return to<Tensor>(stack[0]);
+}
+
+Tensor paged_attention_cpu(Tensor q, MaybeTensor k, MaybeTensor v, Tensor k_cache, Tensor v_cache,
+                           Tensor slot_mapping, Tensor query_start, Tensor seq_lens,
+                           Tensor block_table, double scale, int64_t window, int64_t chunk,
+                           double softcap, MaybeTensor sinks, MaybeTensor slopes) {
+  const auto dtype = dtype_of(q);
+  const auto same = [&](const Tensor& t) { return t.scalar_type() == q.scalar_type(); };
+  if (!dtype || !same(k_cache) || !same(v_cache) || (k && !same(*k)) || (v && !same(*v)))
+    return paged_attention_reference(q, k, v, k_cache, v_cache, slot_mapping, query_start,
+                                     seq_lens, block_table, scale, window, chunk, softcap, sinks,
+                                     slopes);
+  FXLM_CHECK(q.dim() == 4 && k_cache.dim() == 4 && v_cache.dim() == 4 && block_table.dim() == 2,
+             "q and caches have 4 dimensions, block_table 2");
+  Attention args{};
+  args.dtype = *dtype;
+  args.tokens = q.size(2);
+  args.heads = q.size(1);
+  args.kv_heads = k_cache.size(1);
+  args.block_size = k_cache.size(2);
+  args.dk = k_cache.size(3);
+  args.dv = v_cache.size(3);
+  check_shapes(q, k, v, k_cache, v_cache, args);
+  args.q = strided(q);
+  if (k) args.k = strided(*k), args.v = strided(*v);
+  args.k_cache = k_cache.data_ptr();
+  args.v_cache = v_cache.data_ptr();
+  args.slots = data_of<int64_t>(slot_mapping, ScalarType::Long, "slot_mapping");
+  args.query_start = data_of<int32_t>(query_start, ScalarType::Int, "query_start");
+  args.seq_lens = data_of<int32_t>(seq_lens, ScalarType::Int, "seq_lens");
+  args.block_table = data_of<int32_t>(block_table, ScalarType::Int, "block_table");
+  args.table_stride = block_table.stride(0);
+  args.sequences = seq_lens.size(0);
+  args.scale = float(scale);
+  args.softcap = float(softcap);
+  args.window = window;
+  args.chunk = chunk;
+  FXLM_CHECK(query_start.size(0) == args.sequences + 1 && block_table.size(0) == args.sequences,
+             "query_start, seq_lens and block_table differ in sequences");
+  check_sequences(args, k_cache.size(0), block_table.size(1));
+  if (k) {
+    FXLM_CHECK(slot_mapping.size(0) == args.tokens, "slot_mapping is not [tokens]");
+    check_slots(args, k_cache.size(0));
+  }
+  const auto sink_values = floats_of(sinks, args.heads, "sinks");
+  const auto slope_values = floats_of(slopes, args.heads, "slopes");
+  if (sinks) args.sinks = sink_values.data();
+  if (slopes) args.slopes = slope_values.data();
+  int32_t type = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(q.get(), &type));
+  Tensor out = empty_cpu({1, args.tokens, args.heads, args.dv}, type);
+  args.out = out.data_ptr();
+  const int64_t used = args.sequences ? args.query_start[args.sequences] : 0;
+  const int64_t row = args.heads * args.dv * int64_t(q.element_size());
+  std::memset(static_cast<char*>(args.out) + used * row, 0, (args.tokens - used) * row);
+  write_cache(args);
+  paged_attention(args);
+  return out;
+}
+
+using Sampled = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+Sampled sample_reference(const Tensor& logits, const Tensor& floats, const Tensor& ints,
+                         const Tensor& start, const Tensor& ids, const Tensor& counts,
+                         const Tensor& bias, int64_t max_logprobs) {
+  std::array<StableIValue, 8> stack{from(logits), from(floats), from(ints), from(start),
+                                    from(ids),    from(counts), from(bias), from(max_logprobs)};
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("fxlm::sample_reference", "", stack.data(), TORCH_ABI_VERSION));
+  return {to<Tensor>(stack[0]), to<Tensor>(stack[1]), to<Tensor>(stack[2]), to<Tensor>(stack[3])};
+}
+
+Sampled sample_cpu(Tensor logits, Tensor floats, Tensor ints, Tensor adjust_start,
+                   Tensor adjust_ids, Tensor adjust_counts, Tensor adjust_bias,
+                   int64_t max_logprobs) {
+  const auto dtype = dtype_of(logits);
+  FXLM_CHECK(logits.dim() == 2 && floats.dim() == 2 && ints.dim() == 2, "logits are not [R, V]");
+  if (!dtype || (logits.size(1) > 1 && logits.stride(1) != 1))
+    return sample_reference(logits, floats, ints, adjust_start, adjust_ids, adjust_counts,
+                            adjust_bias, max_logprobs);
+  Sample args{};
+  args.dtype = *dtype;
+  args.logits = logits.data_ptr();
+  args.rows = logits.size(0);
+  args.vocabulary = logits.size(1);
+  args.logits_stride = logits.stride(0);
+  args.floats = data_of<float>(floats, ScalarType::Float, "floats");
+  args.floats_stride = floats.stride(0);
+  args.ints = data_of<int64_t>(ints, ScalarType::Long, "ints");
+  args.ints_stride = ints.stride(0);
+  args.adjust_start = data_of<int32_t>(adjust_start, ScalarType::Int, "adjust_start");
+  args.adjust_ids = data_of<int64_t>(adjust_ids, ScalarType::Long, "adjust_ids");
+  args.adjust_counts = data_of<int32_t>(adjust_counts, ScalarType::Int, "adjust_counts");
+  args.adjust_bias = data_of<float>(adjust_bias, ScalarType::Float, "adjust_bias");
+  args.adjusts = adjust_ids.size(0);
+  args.max_logprobs = max_logprobs;
+  FXLM_CHECK(args.vocabulary > 0 && args.vocabulary <= INT32_MAX && max_logprobs >= 0 &&
+                 floats.size(0) == args.rows && floats.size(1) == 6 &&
+                 ints.size(0) == args.rows && ints.size(1) == 5 &&
+                 adjust_start.size(0) == args.rows + 1 &&
+                 adjust_counts.size(0) == args.adjusts && adjust_bias.size(0) == args.adjusts,
+             "sizes differ: logits [", args.rows, ", ", args.vocabulary, "]");
+  Tensor token_ids = empty_cpu({args.rows}, aoti_torch_dtype_int64());
+  Tensor logprobs = empty_cpu({args.rows, max_logprobs + 1}, aoti_torch_dtype_float32());
+  Tensor logprob_ids = empty_cpu({args.rows, max_logprobs + 1}, aoti_torch_dtype_int64());
+  Tensor ranks = empty_cpu({args.rows}, aoti_torch_dtype_int64());
+  args.token_ids = static_cast<int64_t*>(token_ids.data_ptr());
+  args.logprobs = static_cast<float*>(logprobs.data_ptr());
+  args.logprob_ids = static_cast<int64_t*>(logprob_ids.data_ptr());
+  args.ranks = static_cast<int64_t*>(ranks.data_ptr());
+  sample(args);
+  return {token_ids, logprobs, logprob_ids, ranks};
+}
+
+}  // namespace
+}  // namespace fxlm
+
+STABLE_TORCH_LIBRARY_IMPL(fxlm, CPU, library) {
+  library.impl("paged_attention", TORCH_BOX(&fxlm::paged_attention_cpu));
+  library.impl("sample", TORCH_BOX(&fxlm::sample_cpu));
+}

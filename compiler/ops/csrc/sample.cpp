@@ -1,0 +1,323 @@
+// Sampling on CPU: adjust, filter, draw, and log-probabilities, a row a thread.
+//
+// No sort of the vocabulary. Greedy is one read of the row. A draw computes all weights once and
+// then works on the pool of tokens within e^-10 of the best, which nearly always holds the answer;
+// where it does not, on all of them, by quickselect on mass. Order: (logit descending, id
+// ascending). Sums are double and each row is one thread's, so a draw depends on its row alone.
+//
+// Compiled with -ffp-contract=off: adjusted logits equal the reference's bit by bit.
+
+#include "sample.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "parallel.h"
+
+namespace fxlm {
+namespace {
+
+constexpr float kGreedyBelow = 1e-5f;
+constexpr float kPool = 10.0f;  // nats below the best token
+constexpr int kBlock = 64 * W;  // logits looked at together
+constexpr float kLargest = std::numeric_limits<float>::max();
+
+enum { kTemperature, kTopP, kMinP, kRepetition, kPresence, kFrequency };
+enum { kTopK, kSeed, kCounter, kNumLogprobs, kTarget };
+
+uint64_t splitmix64(uint64_t state) {
+  uint64_t z = state + 0x9E3779B97F4A7C15;
+  z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9;
+  z = (z ^ z >> 27) * 0x94D049BB133111EB;
+  return z ^ z >> 31;
+}
+double uniform(int64_t seed, int64_t counter) {
+  return double(splitmix64(splitmix64(uint64_t(seed)) + uint64_t(counter)) >> 11) * 0x1p-53;
+}
+
+// NaN -> -inf; +inf -> the largest float; -0 -> +0.
+inline vf finite(vf x) {
+  x = vmax(x, broadcast(-kInfinity));
+  return (x > kLargest ? broadcast(kLargest) : x) + 0.0f;
+}
+inline float finite1(float x) { return finite(broadcast(x))[0]; }
+
+// Calls body(index, vector) over the row; the last vector is filled up with -inf.
+template <class T, class Body>
+inline void for_vectors(const T* row, int64_t begin, int64_t end, const Body& body) {
+  int64_t i = begin;
+  for (; i + W <= end; i += W) body(i, finite(load(row + i)));
+  if (i < end) {
+    const vf x = finite(load_part(row + i, int(end - i)));
+    body(i, iota() < int(end - i) ? x : broadcast(-kInfinity));
+  }
+}
+
+template <class T>
+float block_max(const T* row, int64_t begin, int64_t end) {
+  vf best[4];
+  for (auto& b : best) b = broadcast(-kInfinity);
+  int64_t i = begin;
+  for (; i + 4 * W <= end; i += 4 * W)
+    for (int j = 0; j < 4; ++j) best[j] = vmax(load(row + i + j * W), best[j]);
+  for_vectors(row, i, end, [&](int64_t, vf x) { best[0] = vmax(x, best[0]); });
+  return finite1(lanes_max(vmax(vmax(best[0], best[1]), vmax(best[2], best[3]))));
+}
+
+template <class T>
+inline float value(const T* row, int64_t i) {
+  return finite1(to_float(row[i]));
+}
+
+// Lowest index of the greatest logit; 0 where there is none.
+template <class T>
+int64_t argmax(const T* row, int64_t count) {
+  float best = -kInfinity;
+  int64_t where = 0;
+  for (int64_t begin = 0; begin < count; begin += kBlock) {
+    const int64_t end = std::min<int64_t>(count, begin + kBlock);
+    const float top = block_max(row, begin, end);
+    if (!(top > best)) continue;
+    best = top;
+    where = begin;
+    while (value(row, where) != best) ++where;
+  }
+  return where;
+}
+
+// ---- ordered pool -----------------------------------------------------------------------------
+
+// Ascending keys are (logit descending, id ascending).
+inline uint64_t key_of(float logit, int64_t id) {
+  const uint32_t bits = bit_cast<uint32_t>(logit);
+  const uint32_t ascending = bits & 0x80000000 ? ~bits : bits | 0x80000000;
+  return uint64_t(~ascending) << 32 | uint64_t(id);
+}
+inline int64_t id_of(uint64_t key) { return int64_t(key & 0xffffffff); }
+
+struct Scratch {
+  std::vector<float> logits, weights;
+  std::vector<uint64_t> pool;
+};
+
+double mass_of(const float* weights, const uint64_t* begin, const uint64_t* end) {
+  double mass = 0;
+  for (; begin < end; ++begin) mass += weights[id_of(*begin)];
+  return mass;
+}
+
+struct Prefix {
+  size_t count;
+  double mass;
+};
+
+// The shortest prefix, in order, whose mass reaches (strictly: exceeds) the goal; the pool is
+// reordered so that it comes first, its last element in place.
+Prefix prefix_of(std::vector<uint64_t>& pool, const float* weights, double goal, bool strictly) {
+  auto reached = [=](double mass) { return strictly ? mass > goal : mass >= goal; };
+  size_t low = 0, high = pool.size();
+  double before = 0;
+  while (high - low > 32) {
+    const size_t middle = low + (high - low) / 2;
+    std::nth_element(pool.begin() + low, pool.begin() + middle, pool.begin() + high);
+    const double mass = before + mass_of(weights, pool.data() + low, pool.data() + middle);
+    if (reached(mass)) {
+      high = middle;
+    } else {
+      before = mass;
+      low = middle;
+    }
+  }
+  std::sort(pool.begin() + low, pool.begin() + high);
+  for (; low < high; ++low) {
+    before += weights[id_of(pool[low])];
+    if (reached(before)) return {low + 1, before};
+  }
+  return {high, before};
+}
+
+void gather(Scratch& scratch, int64_t count, float at_least) {
+  const float* logits = scratch.logits.data();
+  scratch.pool.clear();
+  for (int64_t begin = 0; begin < count; begin += kBlock) {
+    const int64_t end = std::min<int64_t>(count, begin + kBlock);
+    if (block_max(logits, begin, end) < at_least) continue;
+    for (int64_t i = begin; i < end; ++i)
+      if (logits[i] >= at_least) scratch.pool.push_back(key_of(logits[i], i));
+  }
+}
+
+// Weights of all tokens (0 below min_p) into scratch; returns their sum.
+double weigh(Scratch& scratch, int64_t count, float best, float inverse, float min_p) {
+  double total = 0;
+  for (int64_t begin = 0; begin < count; begin += kBlock) {
+    vf sum{};
+    for_vectors(scratch.logits.data(), begin, std::min<int64_t>(count, begin + kBlock),
+                [&](int64_t i, vf x) {
+                  vf weight = vexp((x - best) * inverse);
+                  weight = weight >= min_p ? weight : vf{};
+                  store(scratch.weights.data() + i, weight);  // padded to W
+                  sum += weight;
+                });
+    total += lanes_sum(sum);
+  }
+  return total;
+}
+
+// One token by inverse CDF over the adjusted logits in scratch.
+int64_t draw(Scratch& scratch, int64_t count, const float* floats, const int64_t* ints) {
+  const float best = block_max(scratch.logits.data(), 0, count);
+  if (best == -kInfinity) return 0;
+  const float temperature = floats[kTemperature], inverse = 1.0f / temperature;
+  const float min_p = std::min(floats[kMinP], 1.0f), top_p = floats[kTopP];
+  const double all = weigh(scratch, count, best, inverse, min_p);
+  const size_t top_k = ints[kTopK] > 0 ? size_t(std::min(ints[kTopK], count)) : size_t(count);
+  const bool limited = top_k < size_t(count);
+  const double u = uniform(ints[kSeed], ints[kCounter]);
+  const float* weights = scratch.weights.data();
+  auto& pool = scratch.pool;
+  for (const bool complete : {false, true}) {
+    gather(scratch, count, complete ? -kInfinity : best - kPool * temperature);
+    double total = all, held = mass_of(weights, pool.data(), pool.data() + pool.size());
+    if (limited) {
+      if (pool.size() < top_k && !complete) continue;
+      if (pool.size() > top_k) {
+        std::nth_element(pool.begin(), pool.begin() + top_k, pool.end());
+        pool.resize(top_k);
+      }
+      total = held = mass_of(weights, pool.data(), pool.data() + pool.size());
+    }
+    if (top_p < 1.0f) {
+      const double goal = std::max(double(top_p), 0.0) * total;
+      if (held < goal && !complete) continue;
+      const Prefix nucleus = prefix_of(pool, weights, goal, false);
+      pool.resize(std::max<size_t>(nucleus.count, 1));
+      total = held = nucleus.mass;
+    }
+    if (held <= u * total && !complete) continue;
+    return id_of(pool[prefix_of(pool, weights, u * total, true).count - 1]);
+  }
+  return 0;  // not reached: the complete pool always answers
+}
+
+// ---- one row ----------------------------------------------------------------------------------
+
+template <class T>
+void adjust(const Sample& args, int64_t r, const T* row, float* logits) {
+  for_vectors(row, 0, args.vocabulary, [&](int64_t i, vf x) { store(logits + i, x); });
+  const float* floats = args.floats + r * args.floats_stride;
+  const int64_t begin = std::max(args.adjust_start[r], 0);
+  const int64_t end = std::min<int64_t>(args.adjust_start[r + 1], args.adjusts);
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t id = args.adjust_ids[i];
+    if (id < 0 || id >= args.vocabulary) continue;
+    const int32_t times = args.adjust_counts[i];
+    float x = logits[id];
+    if (times >= 0) x = x > 0 ? x / floats[kRepetition] : x * floats[kRepetition];
+    x = x - floats[kFrequency] * float(std::max(times, 0));
+    x = x - floats[kPresence] * float(times > 0);
+    logits[id] = finite1(x + args.adjust_bias[i]);
+  }
+}
+
+template <class T>
+int64_t choose(const Sample& args, int64_t r, const T* row) {
+  const int64_t* ints = args.ints + r * args.ints_stride;
+  const float* floats = args.floats + r * args.floats_stride;
+  if (ints[kTarget] >= 0) return ints[kTarget];
+  const bool drawn = floats[kTemperature] >= kGreedyBelow;
+  if (!drawn && args.adjust_start[r] >= args.adjust_start[r + 1])
+    return argmax(row, args.vocabulary);
+  static thread_local Scratch scratch;
+  const size_t padded = size_t(args.vocabulary) + W;
+  if (scratch.logits.size() < padded) {
+    scratch.logits.resize(padded);
+    scratch.weights.resize(padded);
+  }
+  adjust(args, r, row, scratch.logits.data());
+  return drawn ? draw(scratch, args.vocabulary, floats, ints)
+               : argmax(scratch.logits.data(), args.vocabulary);
+}
+
+// The `want` greatest logits in order, by insertion: few, and rare after the first blocks.
+template <class T>
+int64_t top_logits(const T* row, int64_t count, int64_t want, float* best, int64_t* ids) {
+  int64_t size = 0;
+  for (int64_t begin = 0; begin < count && want > 0; begin += kBlock) {
+    const int64_t end = std::min<int64_t>(count, begin + kBlock);
+    if (size == want && !(block_max(row, begin, end) > best[size - 1])) continue;
+    for (int64_t i = begin; i < end; ++i) {
+      const float x = value(row, i);
+      if (size == want && !(x > best[size - 1])) continue;
+      int64_t at = size < want ? size++ : size - 1;
+      for (; at > 0 && x > best[at - 1]; --at) {
+        best[at] = best[at - 1];
+        ids[at] = ids[at - 1];
+      }
+      best[at] = x;
+      ids[at] = i;
+    }
+  }
+  return size;
+}
+
+// Of the raw logits; the row's first column is the chosen token.
+template <class T>
+void write_logprobs(const Sample& args, int64_t r, const T* row) {
+  const int64_t columns = args.max_logprobs + 1;
+  float* logprobs = args.logprobs + r * columns;
+  int64_t* ids = args.logprob_ids + r * columns;
+  std::fill(logprobs, logprobs + columns, -kInfinity);
+  std::fill(ids, ids + columns, 0);
+  args.ranks[r] = 0;
+  const int64_t asked = args.ints[r * args.ints_stride + kNumLogprobs];
+  if (asked < 0) return;
+  const int64_t token = args.token_ids[r];
+  const float best = block_max(row, 0, args.vocabulary);
+  const float chosen = token < args.vocabulary ? value(row, token) : -kInfinity;
+  double total = 0;
+  int64_t above = 0;
+  for (int64_t begin = 0; begin < args.vocabulary; begin += kBlock) {
+    vf sum{};
+    vi greater{};
+    for_vectors(row, begin, std::min<int64_t>(args.vocabulary, begin + kBlock),
+                [&](int64_t, vf x) {
+                  sum += vexp(x - best);
+                  greater -= x > chosen;
+                });
+    total += lanes_sum(sum);
+    for (int i = 0; i < W; ++i) above += greater[i];
+  }
+  args.ranks[r] = above + 1;
+  ids[0] = token;
+  logprobs[0] = chosen;
+  const int64_t want = std::min(asked, args.max_logprobs);
+  const int64_t found = top_logits(row, args.vocabulary, want, logprobs + 1, ids + 1);
+  if (best == -kInfinity) return;
+  const double norm = double(best) + __builtin_log(total);
+  for (int64_t i = 0; i <= found; ++i) logprobs[i] = float(double(logprobs[i]) - norm);
+}
+
+template <class T>
+void run(const Sample& args) {
+  for_each_item(args.rows, [&](int64_t r) {
+    const T* row = static_cast<const T*>(args.logits) + r * args.logits_stride;
+    args.token_ids[r] = choose(args, r, row);
+    write_logprobs(args, r, row);
+  });
+}
+
+}  // namespace
+
+void sample(const Sample& args) {
+  switch (args.dtype) {
+    case Dtype::f32:
+      return run<float>(args);
+    case Dtype::bf16:
+      return run<Bf16>(args);
+    case Dtype::f16:
+      return run<F16>(args);
+  }
+}
+
+}  // namespace fxlm

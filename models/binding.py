@@ -1,0 +1,244 @@
+"""Bind the raw tensors of a checkpoint to the parameters of the model.
+
+Transformers knows, per model type, how names and layouts on disk differ from those in the
+module: renamings, experts stacked, tensors joined, split or transposed. `bind` works out from
+names and shapes alone which raw tensors make which parameter; `Binding.convert` then runs
+those very rules on any tensors, real, fake or traced, so that a compiler can have them as
+graph nodes. Not here: reading the tensors (`fxlm.models.checkpoint`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxlm.compiler.errors import InvalidModel
+from fxlm.models import compat
+from fxlm.models.checkpoint import Checkpoint
+
+_SHOWN = 5  # names listed in an error
+
+
+@dataclass(slots=True, kw_only=True)
+class _Rule:
+    """One conversion: raw tensors (name, pattern that matched) -> parameters."""
+
+    first: str  # name of the first parameter, as transformers' rules want it
+    transform: Any
+    sources: list[tuple[str, str]] = field(default_factory=list)
+    makes: list[str] = field(default_factory=list)
+
+    def apply(
+        self, raw: Mapping[str, torch.Tensor], dtype: torch.dtype | None, model: Any
+    ) -> dict[str, torch.Tensor]:
+        """Run the rule; each tensor is cast first, as transformers does."""
+        transform = deepcopy(self.transform)
+        for name, pattern in self.sources:
+            tensor = raw[name]
+            if dtype is not None and tensor.dtype != dtype:
+                tensor = tensor.to(dtype)
+            transform.add_tensor(self.first, name, pattern, tensor)
+        made = transform.convert(self.first, model=model, config=model.config)
+        return {name: v[0] if isinstance(v, list) else v for name, v in made.items()}
+
+
+@dataclass(slots=True, kw_only=True)
+class Binding:
+    """Which raw tensors a model needs, and how they become its parameters.
+
+    Attributes:
+        names: raw tensors to read, each once, in natural order of the parameters.
+        targets: parameter fqn -> raw tensors it is made of; one name of each tied set.
+        tied: other fqn -> fqn in ``targets`` that it is the same tensor as.
+        unused: raw tensors that nothing asks for.
+        constants: persistent buffers the checkpoint lacks; they keep the value code gave them.
+    """
+
+    names: list[str]
+    targets: dict[str, list[str]]
+    tied: dict[str, str]
+    unused: list[str]
+    constants: list[str]
+    _rules: list[_Rule]
+    _model: Any
+    _dtypes: dict[str, torch.dtype]
+
+    def convert(self, raw: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Run transformers' rules.
+
+        Args:
+            raw: every tensor of ``names``: real, fake, meta or traced by a proxy.
+
+        Returns:
+            A tensor for every key of ``targets`` and of ``tied``, in the dtype of that parameter.
+        """
+        result: dict[str, torch.Tensor] = {}
+        for rule in self._rules:
+            made = rule.apply(raw, self._dtypes.get(rule.first), self._model)
+            result.update({name: value for name, value in made.items() if name in self.targets})
+        result.update({name: result[source] for name, source in self.tied.items()})
+        return result
+
+
+def bind(checkpoint: Checkpoint, model: nn.Module) -> Binding:
+    """Bind ``checkpoint`` to ``model``. Call it before capture: it may change the model.
+
+    Persistent buffers that the checkpoint holds become parameters (they are weights), and
+    parameters that config says are tied, but which the checkpoint holds with different
+    values, are untied, both as ``from_pretrained`` does.
+
+    Raises:
+        InvalidModel: tensors are missing, or have another shape than the model's.
+    """
+    hf: Any = model
+    rules, unused = _rules(checkpoint, hf)
+    made, targets = _dry_run(rules, checkpoint, hf)
+    tied = _tie(checkpoint, hf, targets)
+    _require_all(checkpoint, hf, targets, tied)
+    _require_shapes(hf, made, targets)
+    constants = _promote_buffers(hf, targets)
+    used = [rule for rule in rules if any(name in targets for name in rule.makes)]
+    unused += [name for rule in rules if rule not in used for name, _ in rule.sources]
+    dtypes = {name: tensor.dtype for name, tensor in hf.state_dict(keep_vars=True).items()}
+    return Binding(
+        names=[name for rule in used for name, _ in rule.sources], targets=targets, tied=tied,
+        unused=sorted(unused), constants=constants, _rules=used, _model=hf, _dtypes=dtypes,
+    )  # fmt: skip
+
+
+def _rules(checkpoint: Checkpoint, model: Any) -> tuple[list[_Rule], list[str]]:
+    """Sort raw names into rules, the way transformers' own loader does."""
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
+
+    mapping = compat.conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {p: converter for converter in converters for p in converter.source_patterns}
+    state = model.state_dict()
+    prefix = model.base_model_prefix
+    rules: dict[str, _Rule] = {}
+    unused: list[str] = []
+    for raw in sorted(checkpoint.tensors, key=dot_natural_key):
+        name, pattern = rename_source_key(raw, renamings, converters, prefix, state)
+        if name not in state and raw in state:
+            name, pattern = rename_source_key(raw, [], [], prefix, state)
+        if name not in state or (pattern is None and name in rules):
+            unused.append(raw)  # of several renamed to one parameter the first is taken
+            continue
+        fresh = WeightRenaming(raw, name) if pattern is None else by_pattern[pattern]
+        rule = rules.setdefault(name, _Rule(first=name, transform=fresh))
+        rule.sources.append((raw, raw if pattern is None else pattern))
+    return list(rules.values()), unused
+
+
+def _dry_run(
+    rules: list[_Rule], checkpoint: Checkpoint, model: Any
+) -> tuple[dict[str, torch.Tensor], dict[str, list[str]]]:
+    """Convert meta tensors: the shape of every parameter, and what it is made of."""
+    meta = {
+        name: torch.empty(info.shape, dtype=info.torch_dtype, device="meta")
+        for name, info in checkpoint.tensors.items()
+    }
+    made: dict[str, torch.Tensor] = {}
+    targets: dict[str, list[str]] = {}
+    for rule in rules:
+        try:
+            result = rule.apply(meta, None, model)
+        except (RuntimeError, ValueError, IndexError, KeyError, TypeError) as error:
+            raise InvalidModel(
+                f"{rule.first} cannot be made of {', '.join(n for n, _ in rule.sources[:3])} "
+                f"({len(rule.sources)} tensors): {error}"
+            ) from error
+        rule.makes = list(result)
+        made.update(result)
+        targets.update({name: [source for source, _ in rule.sources] for name in result})
+    return made, targets
+
+
+def _tie(checkpoint: Checkpoint, model: Any, targets: dict[str, list[str]]) -> dict[str, str]:
+    """Keep one of each set of tied parameters in ``targets``; untie what differs."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    groups: dict[int, list[str]] = {}
+    for name, parameter in parameters.items():
+        groups.setdefault(id(parameter), []).append(name)
+    tied: dict[str, str] = {}
+    for group in groups.values():
+        present = [name for name in group if name in targets]
+        if len(group) == 1 or not present:
+            continue
+        kept = present[0]
+        for name in present[1:]:
+            if not _same(checkpoint, targets[kept], targets[name]):
+                _untie(model, name, parameters[name])
+        for name in group:
+            if name != kept and model.get_parameter(name) is parameters[kept]:
+                tied[name] = kept
+                targets.pop(name, None)
+    return tied
+
+
+def _same(checkpoint: Checkpoint, left: list[str], right: list[str]) -> bool:
+    pairs = zip(left, right, strict=False)
+    return len(left) == len(right) and all(
+        a == b or torch.equal(checkpoint.read(a), checkpoint.read(b)) for a, b in pairs
+    )
+
+
+def _untie(model: Any, name: str, parameter: nn.Parameter) -> None:
+    owner, _, leaf = name.rpartition(".")
+    fresh = nn.Parameter(torch.empty_like(parameter), requires_grad=False)
+    model.get_submodule(owner)._parameters[leaf] = fresh
+
+
+def _require_all(
+    checkpoint: Checkpoint, model: Any, targets: dict[str, list[str]], tied: dict[str, str]
+) -> None:
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    missing = [name for name in names if name not in targets and name not in tied]
+    if missing:
+        raise InvalidModel(
+            f"{checkpoint.path} lacks {len(missing)} of the {len(names)} tensors that "
+            f"{type(model).__name__} needs: {', '.join(missing[:_SHOWN])}"
+            f"{', ...' if len(missing) > _SHOWN else ''}"
+        )
+
+
+def _require_shapes(
+    model: Any, made: dict[str, torch.Tensor], targets: dict[str, list[str]]
+) -> None:
+    state = model.state_dict(keep_vars=True)
+    for name in list(targets):
+        if name not in state:
+            del targets[name]  # made by a rule beside what the model has
+        elif state[name].shape != made[name].shape:
+            raise InvalidModel(
+                f"tensor {name} (from {', '.join(targets[name][:3])}) has shape "
+                f"{list(made[name].shape)}, but config.json makes it {list(state[name].shape)}"
+            )
+
+
+def _promote_buffers(model: Any, targets: dict[str, list[str]]) -> list[str]:
+    """Make parameters of the persistent buffers the checkpoint holds; return the others."""
+    constants = []
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name in model.state_dict():
+        if name in parameters:
+            continue
+        if name not in targets:
+            constants.append(name)
+            continue
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        buffer = module._buffers.pop(leaf)
+        module.register_parameter(leaf, nn.Parameter(buffer.to("meta"), requires_grad=False))
+    return constants

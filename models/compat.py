@@ -1,0 +1,80 @@
+"""Everything of transformers that is patched rather than called, in one place.
+
+Tried with transformers 5.17 to 5.23. Here: building without weights, and the names that
+moved between versions. Not here: what is registered through a public interface
+(`fxlm.models.attention`, `fxlm.models.experts`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+OLDEST = (5, 17)
+NEWEST = (5, 23)
+
+
+def version() -> tuple[int, int]:
+    """(major, minor) of the transformers in use."""
+    import transformers
+
+    match = re.match(r"(\d+)\.(\d+)", transformers.__version__)
+    assert match, transformers.__version__
+    return int(match[1]), int(match[2])
+
+
+def is_tried() -> bool:
+    """Whether this transformers is within the versions fxlm is tested with."""
+    return OLDEST <= version() <= NEWEST
+
+
+@contextlib.contextmanager
+def meta_parameters() -> Iterator[None]:
+    """Within: every parameter a module registers goes to the meta device, uninitialised.
+
+    Buffers stay real, as their values (rotary frequencies, scales) come from code rather
+    than from the checkpoint. A parameter's own memory is freed as soon as it is registered;
+    what ``torch.empty`` gave was never touched, so it was never resident.
+    """
+    from transformers.initialization import no_init_weights
+
+    original = nn.Module.register_parameter
+
+    def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and param.device.type != "meta":
+            param = nn.Parameter(param.detach().to("meta"), requires_grad=False)
+        original(self, name, param)
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    try:
+        with no_init_weights():
+            yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
+def keep_in_fp32(model: Any, dtype: torch.dtype) -> list[str]:
+    """Patterns of the parameters that the model wants in float32 whatever its dtype."""
+    plan: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
+    return [pattern for pattern, wanted in plan.items() if wanted == torch.float32]
+
+
+def quiet() -> None:
+    """Silence transformers' advice on the terminal; errors still are raised."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def conversion_mapping(model: Any) -> list[Any]:
+    """Weight renamings and conversions of this model, in transformers' order."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    mapping: list[Any] = list(get_model_conversion_mapping(model))
+    return mapping

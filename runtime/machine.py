@@ -1,0 +1,86 @@
+"""What this process may use: cores and memory, by affinity and control group.
+
+Machine totals mislead in a container; the smallest of all limits counts.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def num_cores() -> tuple[int, str]:
+    """Cores this process may use, and which limit says so."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    quota = _cpu_quota()
+    if quota is not None and quota < (cores or 1):
+        return max(1, math.floor(quota)), f"the control group grants {quota:g} CPUs"
+    return cores or 1, "cores of the CPU affinity"
+
+
+def memory_limit_bytes() -> tuple[int, str]:
+    """Memory this process may use in all, and which limit says so."""
+    total = _meminfo("MemTotal")
+    limit = min(_group_numbers("memory.max", "memory/memory.limit_in_bytes"), default=total)
+    return (limit, "control group") if limit < total else (total, "machine")
+
+
+def memory_available_bytes() -> int:
+    """Memory that is free now or can be freed, within the limit."""
+    limit, _ = memory_limit_bytes()
+    used = max(_group_numbers("memory.current", "memory/memory.usage_in_bytes"), default=0)
+    inactive = _inactive_file_bytes()
+    return min(_meminfo("MemAvailable"), max(0, limit - used + inactive))
+
+
+def _cpu_quota() -> float | None:
+    quotas = []
+    for path in _group_files("cpu.max"):
+        words = path.read_text().split()
+        if len(words) == 2 and words[0].isdigit():
+            quotas.append(int(words[0]) / int(words[1]))
+    return min(quotas, default=None)
+
+
+def _group_numbers(*names: str) -> list[int]:
+    found = []
+    for name in names:
+        for path in _group_files(name):
+            text = path.read_text().strip()
+            if text.isdigit():
+                found.append(int(text))
+    return found
+
+
+def _group_files(name: str) -> Iterable[Path]:
+    """Files of this name in our control group and the groups above it, where readable."""
+    directories = [CGROUP]
+    try:
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            parts = line.split(":", 2)[2].strip("/").split("/")
+            directories += [CGROUP.joinpath(*parts[: i + 1]) for i in range(len(parts))]
+    except (OSError, IndexError):
+        pass
+    return [d / name for d in dict.fromkeys(directories) if os.access(d / name, os.R_OK)]
+
+
+def _inactive_file_bytes() -> int:
+    for path in _group_files("memory.stat"):
+        for line in path.read_text().splitlines():
+            if line.startswith("inactive_file "):
+                return int(line.split()[1])
+    return 0
+
+
+def _meminfo(field: str) -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith(field + ":"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,259 @@
+"""The memory plan: weights, KV bytes, peak activations, and what fits; never by trial runs.
+
+Weights and KV bytes are read off the artifact; activations come from running the graph on
+the meta device, where tensors have sizes but no memory. Not here: allocating (`worker`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fxlm.compiler import graph_json, ops
+from fxlm.compiler.artifact import Artifact
+from fxlm.compiler.errors import InvalidOption, OutOfMemory
+from fxlm.runtime import machine
+from fxlm.runtime.options import EngineOptions
+from fxlm.runtime.step import DEFAULT_SCORE_ROWS, WorkerSpec
+
+# Interpreter, libraries and buffers of a step that no graph shows; measured, see bench/startup.py.
+OVERHEAD_BYTES = 600 << 20
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryPlan:
+    """What an engine will use, each choice with its reason.
+
+    Attributes:
+        weights_bytes: prepared weights.
+        kv_bytes_per_token: K and V of one token in all layers.
+        kv_bytes: of the whole cache.
+        activation_bytes: peak of one step of ``spec.max_num_batched_tokens`` tokens, as the
+            graph stands; compiled code fuses and needs less.
+        available_bytes: memory that was free for planning.
+        spec: sizes of the worker.
+        reasons: what was chosen and why, in order.
+    """
+
+    weights_bytes: int
+    kv_bytes_per_token: int
+    kv_bytes: int
+    activation_bytes: int
+    available_bytes: int
+    spec: WorkerSpec
+    reasons: tuple[tuple[str, str, str], ...]
+
+    def lines(self) -> list[str]:
+        """The plan as text."""
+        spec = self.spec
+        rows = [
+            ("weights", _mib(self.weights_bytes), ""),
+            ("KV per token", f"{self.kv_bytes_per_token} bytes", "all layers, K and V"),
+            ("peak activations", _mib(self.activation_bytes),
+             f"a step of {spec.max_num_batched_tokens} tokens, unfused (upper bound)"),
+            *self.reasons,
+        ]  # fmt: skip
+        text = [f"{name:<26}{value:>18}   {why}".rstrip() for name, value, why in rows]
+        tokens = (spec.num_blocks - 1) * spec.block_size
+        text.append("fits: " + ", ".join(
+            f"{max(1, min(tokens // length, spec.max_num_seqs))} x {length}"
+            for length in _ladder(spec.max_model_len)
+        ) + " (sequences x tokens of context)")  # fmt: skip
+        return text
+
+
+def plan_memory(artifact: Artifact, options: EngineOptions) -> MemoryPlan:
+    """Plan an engine for an artifact.
+
+    Raises:
+        OutOfMemory: weights and one sequence of the context asked for do not fit.
+        InvalidOption: ``max_model_len`` is beyond what the model was made for.
+    """
+    model = artifact.manifest["model"]
+    block = int(model["block_size"])
+    weights = sum(spec.nbytes for spec in artifact.weights().values())
+    per_token = sum(c.bytes_per_token for c in artifact.caches())
+    cpu = model["device"] == "cpu"
+    batched = options.max_num_batched_tokens or (512 if cpu else 2048)
+    rows = options.max_num_seqs + DEFAULT_SCORE_ROWS
+    activations = activation_bytes(artifact, batched, min(rows, options.max_num_seqs))
+    available, source = _available(cpu)
+    longest, why_length = _context(model, options)
+    budget, why_budget = _budget(options, available, source, weights + activations, per_token,
+                                 longest, block)  # fmt: skip
+    num_blocks = max(budget // (per_token * block), 0)
+    longest, why_length = _fit_context(
+        longest, why_length, (num_blocks - 1) * block, options, budget, per_token
+    )
+    spec = WorkerSpec(
+        num_blocks=num_blocks, block_size=block, max_num_batched_tokens=batched,
+        max_num_seqs=options.max_num_seqs, max_model_len=longest,
+        vocab_size=int(model["vocab_size"]),
+    )  # fmt: skip
+    reasons = (
+        ("KV cache", _mib(num_blocks * per_token * block), why_budget),
+        ("context", f"{longest} tokens", why_length),
+        ("tokens per step", str(batched), "asked for" if options.max_num_batched_tokens
+         else f"default on {model['device']}"),
+        ("sequences per step", str(options.max_num_seqs), ""),
+    )  # fmt: skip
+    return MemoryPlan(
+        weights_bytes=weights, kv_bytes_per_token=per_token, activation_bytes=activations,
+        kv_bytes=num_blocks * per_token * block, available_bytes=available, spec=spec,
+        reasons=reasons,
+    )  # fmt: skip
+
+
+def _available(cpu: bool) -> tuple[int, str]:
+    if cpu:
+        limit, source = machine.memory_limit_bytes()
+        return min(machine.memory_available_bytes(), limit), f"{source} memory"
+    free, _total = torch.cuda.mem_get_info()
+    return free, "GPU memory"
+
+
+def _context(model: dict[str, Any], options: EngineOptions) -> tuple[int, str]:
+    made_for = int(model["max_position_embeddings"]) or 1 << 17
+    asked = options.max_model_len
+    if asked is None:
+        return made_for, "what the model was made for"
+    if asked > made_for:
+        raise InvalidOption(
+            "max_model_len", asked, f"the model was made for {made_for} tokens at most"
+        )
+    return asked, "asked for"
+
+
+def _budget(
+    options: EngineOptions, available: int, source: str, fixed: int, per_token: int,
+    longest: int, block: int,
+) -> tuple[int, str]:  # fmt: skip
+    """Bytes for the KV cache, and why."""
+    if options.kv_cache_memory_bytes is not None:
+        return options.kv_cache_memory_bytes, "asked for"
+    free = int(available * options.memory_fraction) - fixed - OVERHEAD_BYTES
+    # More than all sequences at full length can use would never be touched.
+    most = (options.max_num_seqs * (-(-longest // block)) + 1) * block * per_token
+    if most <= free:
+        return most, f"all {options.max_num_seqs} sequences at full length"
+    if free <= 0:
+        raise OutOfMemory(
+            f"the weights and activations need {_mib(fixed)} and the process {_mib(OVERHEAD_BYTES)},"
+            f" but only {_mib(int(available * options.memory_fraction))} of {source} may be used "
+            f"({_mib(available)} free x memory_fraction {options.memory_fraction}): free memory, "
+            "raise --memory-fraction or take a smaller model"
+        )
+    return free, f"{options.memory_fraction:g} of {_mib(available)} free {source}, less the rest"
+
+
+def _fit_context(
+    longest: int, why: str, tokens: int, options: EngineOptions, budget: int, per_token: int
+) -> tuple[int, str]:
+    """Shorten the context to the KV cache if nobody asked for a length; else refuse."""
+    if longest <= tokens:
+        return longest, why
+    if options.max_model_len is not None or tokens < 2:
+        raise OutOfMemory(
+            f"one sequence of {longest} tokens needs {_mib(longest * per_token)} of KV memory and "
+            f"{_mib(budget)} are planned ({max(tokens, 0)} tokens): lower --max-model-len or raise "
+            "--kv-cache-memory-bytes"
+        )
+    return tokens, f"what the KV cache holds; the model was made for {longest}"
+
+
+def activation_bytes(artifact: Artifact, num_tokens: int, num_rows: int) -> int:
+    """Peak bytes alive in one step, from the graphs, on the meta device."""
+    ops.load()
+    fixed = {name: (role, source, layer)
+             for name, role, source, layer in artifact.manifest["step_inputs"]}  # fmt: skip
+    values: dict[str, Any] = _meta_inputs(artifact, fixed, num_tokens, num_rows)
+    runners = {
+        name: graph_json.Runner(artifact.read_json(f"regions/{name}.json"))
+        for name in artifact.manifest["regions"]
+    }
+    peaks: dict[str, int] = {}
+    for call in artifact.manifest["calls"]:
+        region = call["region"]
+        given = dict(zip(runners[region].inputs, (values[n] for n in call["inputs"]), strict=True))
+        peak = _Peak([t for t in given.values() if isinstance(t, torch.Tensor)])
+        results = runners[region].run(given, watch=peak)
+        peaks[region] = max(peaks.get(region, 0), peak.most)
+        values.update(zip(call["outputs"], results, strict=True))
+    between = [v for n, v in values.items() if n not in fixed and isinstance(v, torch.Tensor)]
+    handed = max((v.untyped_storage().nbytes() for v in between), default=0)
+    return max(peaks.values(), default=0) + 3 * handed
+
+
+class _Peak:
+    """Counts bytes of the storages alive after each op; those given are not counted."""
+
+    def __init__(self, given: Sequence[torch.Tensor]) -> None:
+        self._given = {t.untyped_storage()._cdata for t in given}
+        self.most = 0
+
+    def __call__(self, alive: Sequence[Any]) -> None:
+        sizes = {}
+        for value in alive:
+            for tensor in value if isinstance(value, (tuple, list)) else (value,):
+                if isinstance(tensor, torch.Tensor):
+                    storage = tensor.untyped_storage()
+                    if storage._cdata not in self._given:
+                        sizes[storage._cdata] = storage.nbytes()
+        self.most = max(self.most, sum(sizes.values()))
+
+
+def _meta_inputs(
+    artifact: Artifact, fixed: dict[str, tuple[str, str, int]], num_tokens: int, num_rows: int
+) -> dict[str, torch.Tensor]:
+    weights = artifact.weights()
+    caches = artifact.caches()
+    block = int(artifact.manifest["model"]["block_size"])
+    values = {}
+    for name, (role, source, layer) in fixed.items():
+        if role == "weight":
+            spec = weights[source]
+            values[name] = torch.empty_strided(
+                spec.shape, spec.stride, dtype=getattr(torch, spec.dtype), device="meta"
+            )
+        elif role == "cache":
+            cache = caches[layer]
+            dim = cache.key_dim if source == "k" else cache.value_dim
+            shape = (2, cache.num_kv_heads, block, dim)
+            values[name] = torch.empty(shape, dtype=cache.dtype, device="meta")
+        else:
+            values[name] = _meta_step_input(source, num_tokens, num_rows)
+    return values
+
+
+def _meta_step_input(name: str, tokens: int, rows: int) -> torch.Tensor:
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "input_ids": ((1, tokens), torch.int64),
+        "position_ids": ((1, tokens), torch.int64),
+        "slot_mapping": ((tokens,), torch.int64),
+        "query_start": ((rows + 1,), torch.int32),
+        "seq_lens": ((rows,), torch.int32),
+        "block_table": ((rows, 2), torch.int32),
+        "logits_indices": ((rows,), torch.int64),
+        "sample_floats": ((rows, 6), torch.float32),
+        "sample_ints": ((rows, 5), torch.int64),
+        "adjust_start": ((rows + 1,), torch.int32),
+        "adjust_ids": ((1,), torch.int64),
+        "adjust_counts": ((1,), torch.int32),
+        "adjust_bias": ((1,), torch.float32),
+    }
+    shape, dtype = shapes[name]
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _ladder(longest: int) -> list[int]:
+    """Context lengths to show: powers of two up to the longest."""
+    lengths = [n for n in (512, 2048, 8192, 32768, 131072) if n < longest]
+    return [*lengths, longest]
+
+
+def _mib(count: int) -> str:
+    return f"{count / MIB:,.0f} MiB"

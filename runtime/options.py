@@ -1,0 +1,169 @@
+"""EngineOptions: everything a user may choose about an engine, typed and JSON-able.
+
+The command line, `LLM` and the engine process share this one class. ``auto`` values (None)
+are resolved once, by `fxlm.runtime.memory`, each with its reason.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from fxlm.compiler.errors import InvalidOption
+
+if TYPE_CHECKING:
+    from fxlm.compiler.options import CompileOptions
+    from fxlm.compiler.pipeline import GraphPass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineOptions:
+    """Choices of one engine; names are vLLM's where the meaning is the same.
+
+    Attributes:
+        model: directory, hub id, ``bundled`` or ``bundled-draft``.
+        revision: of a hub id.
+        dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        max_model_len: context in tokens; None: the model's, or what memory holds.
+        kv_cache_memory_bytes: bytes of KV memory; None: planned.
+        memory_fraction: share of the memory that planning may use.
+        block_size: tokens per KV block.
+        max_num_seqs: sequences per step.
+        max_num_batched_tokens: tokens per step; None: 512 on CPU, 2048 on CUDA.
+        enable_prefix_caching: reuse blocks of equal prefixes.
+        enforce_eager: interpret the graph instead of compiling it.
+        passes: user passes, ``file.py:name`` or pass objects.
+        disable_passes: passes of the column to leave out.
+        cache_dir: where artifacts are kept.
+        threads: CPU threads; None: the cores this process may use.
+        seed: makes requests without a seed repeatable; None draws them at random.
+        trust_remote_code: run Python that comes with the checkpoint.
+    """
+
+    model: str = "bundled"
+    revision: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    max_model_len: int | None = None
+    kv_cache_memory_bytes: int | None = None
+    memory_fraction: float = 0.8
+    block_size: int = 16
+    max_num_seqs: int = 128
+    max_num_batched_tokens: int | None = None
+    enable_prefix_caching: bool = True
+    enforce_eager: bool = False
+    passes: tuple[Any, ...] = ()
+    disable_passes: tuple[str, ...] = ()
+    cache_dir: str | None = None
+    threads: int | None = None
+    seed: int | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        _at_least("max_model_len", self.max_model_len, 2)
+        _at_least("kv_cache_memory_bytes", self.kv_cache_memory_bytes, 1)
+        _at_least("max_num_seqs", self.max_num_seqs, 1)
+        _at_least("max_num_batched_tokens", self.max_num_batched_tokens, 1)
+        _at_least("threads", self.threads, 1)
+        if not 0.0 < self.memory_fraction <= 1.0:
+            raise InvalidOption("memory_fraction", self.memory_fraction, "use 0 < value <= 1")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise InvalidOption("device", self.device, "use auto, cpu or cuda")
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, for the engine process; pass objects cannot cross."""
+        values = asdict(self)
+        for item in self.passes:
+            if not isinstance(item, str):
+                raise InvalidOption("passes", item, "an engine process takes file.py:name")
+        return {**values, "passes": list(self.passes), "disable_passes": list(self.disable_passes)}
+
+
+def from_mapping(values: Mapping[str, Any]) -> EngineOptions:
+    """Options from names and values; None means the default, an unknown name is an error."""
+    known = {f.name for f in fields(EngineOptions)}
+    for name in values:
+        if name not in known:
+            import difflib
+
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+            raise InvalidOption(name, values[name], f"there is no such option; {hint}")
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if v is not None}
+    return EngineOptions(**given)
+
+
+def resolve_device(choice: str) -> tuple[str, str]:
+    """The device that ``choice`` means, and why."""
+    import torch
+
+    if choice == "cuda" and not torch.cuda.is_available():
+        raise InvalidOption("device", "cuda", "torch sees no CUDA device here; use cpu")
+    if choice != "auto":
+        return choice, "asked for"
+    if torch.cuda.is_available():
+        return "cuda", "torch sees a CUDA device"
+    return "cpu", "torch sees no CUDA device"
+
+
+def compile_options(options: EngineOptions) -> CompileOptions:
+    """The part of the options that decides the artifact; loads user passes."""
+    from fxlm.compiler.options import CompileOptions
+
+    device, _ = resolve_device(options.device)
+    return CompileOptions(
+        device=device,
+        dtype=options.dtype,
+        block_size=options.block_size,
+        eager=options.enforce_eager,
+        passes=tuple(load_pass(p) for p in options.passes),
+        disabled=tuple(options.disable_passes),
+        trust_remote_code=options.trust_remote_code,
+    )
+
+
+def load_pass(item: Any) -> GraphPass:
+    """A pass object as it is, or the one that ``file.py:name`` names.
+
+    Raises:
+        InvalidOption: no such file, no such name, or it is no pass.
+    """
+    from fxlm.compiler.pipeline import GraphPass
+
+    if isinstance(item, GraphPass):
+        return item
+    if not isinstance(item, str):
+        raise InvalidOption("passes", item, "decorate the function with @graph_pass")
+    file, _, name = item.rpartition(":")
+    if not file or not Path(file).is_file():
+        raise InvalidOption("--pass", item, "write FILE.py:NAME with a file that exists")
+    found = getattr(_module(Path(file)), name, None)
+    if not isinstance(found, GraphPass):
+        raise InvalidOption("--pass", item, f"{file} has no @graph_pass function {name!r}")
+    return found
+
+
+def _module(file: Path) -> ModuleType:
+    import sys
+
+    name = f"fxlm_user_pass_{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None, file
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # so that the source of the pass can be found for its digest
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the user's file raises while it is read
+        reason = f"the file does not import: {type(error).__name__}: {error}"
+        raise InvalidOption("--pass", str(file), reason) from error
+    return module
+
+
+def _at_least(name: str, value: int | None, low: int) -> None:
+    if value is not None and value < low:
+        raise InvalidOption(name, value, f"must be at least {low}")

@@ -1,0 +1,137 @@
+"""ModelWorker: an artifact with its weights and its KV memory, run once a batch.
+
+Here: memory, the call of the step, block copies, and `make_engine`, which an engine process
+starts from. Not here: what is in a batch (`batch`), who is in it (`scheduler`).
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from typing import Any
+
+import torch
+
+from fxlm.compiler.artifact import Artifact
+from fxlm.compiler.errors import OutOfMemory
+from fxlm.compiler.step import Reader, Step, load_weights
+from fxlm.models.checkpoint import open_checkpoint
+from fxlm.runtime import machine
+from fxlm.runtime.batch import Batch
+from fxlm.runtime.compile import Compilation, Report, cache_directory, compile_model
+from fxlm.runtime.engine import Engine, EngineConfig
+from fxlm.runtime.memory import MemoryPlan, plan_memory
+from fxlm.runtime.options import EngineOptions, compile_options, from_mapping
+from fxlm.runtime.step import StepResult, WorkerSpec
+
+_log = logging.getLogger(__name__)
+
+
+class ModelWorker:
+    """Runs steps of one model on one device.
+
+    Args:
+        artifact: opened.
+        read: checkpoint tensors by name.
+        spec: sizes; KV memory is allocated here, all of it, and touched only when used.
+    """
+
+    def __init__(self, artifact: Artifact, read: Reader, spec: WorkerSpec) -> None:
+        self.artifact = artifact
+        self._spec = spec
+        self.device = torch.device(artifact.manifest["model"]["device"])
+        self._caches = self._allocate(artifact, spec)
+        weights = load_weights(artifact, read, self.device)
+        self._step = Step(artifact, weights, self._caches)
+        self._names = self._step.input_names()
+
+    @property
+    def spec(self) -> WorkerSpec:
+        """Sizes of the worker."""
+        return self._spec
+
+    def _allocate(self, artifact: Artifact, spec: WorkerSpec) -> dict[tuple[str, int], torch.Tensor]:
+        caches = {}
+        for layer, cache in enumerate(artifact.caches()):
+            for name, dim in (("k", cache.key_dim), ("v", cache.value_dim)):
+                shape = (spec.num_blocks, cache.num_kv_heads, spec.block_size, dim)
+                caches[name, layer] = torch.zeros(shape, dtype=cache.dtype, device=self.device)
+        return caches
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> StepResult:
+        """Run the step that ``batch`` holds; its tokens are on the host when this returns."""
+        tensors = batch.tensors()
+        if self.device.type != "cpu":
+            tensors = {n: t.to(self.device, non_blocking=True) for n, t in tensors.items()}
+        try:
+            ids, logprobs, logprob_ids, ranks = self._step(tensors)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise OutOfMemory(f"a step of {batch.sizes} ran out of memory: {error}") from error
+        if not batch.wants_logprobs:
+            return StepResult(token_ids=ids.tolist())
+        return StepResult(
+            token_ids=ids.tolist(),
+            logprobs=logprobs.cpu().numpy(),
+            logprob_ids=logprob_ids.cpu().numpy(),
+            ranks=ranks.cpu().numpy(),
+        )
+
+    @torch.inference_mode()
+    def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
+        """Copy whole blocks (source, destination) in every layer."""
+        source, target = (torch.tensor(c, device=self.device) for c in zip(*copies, strict=True))
+        for cache in self._caches.values():
+            cache.index_copy_(0, target, cache.index_select(0, source))
+
+
+def set_threads(choice: int | None) -> tuple[int, str]:
+    """Use as many CPU threads as this process has cores, or as asked for."""
+    count, why = machine.num_cores() if choice is None else (choice, "asked for")
+    if torch.get_num_threads() != count:
+        torch.set_num_threads(count)
+    return count, why
+
+
+def build_engine(
+    options: EngineOptions, report: Report | None = None
+) -> tuple[Engine, MemoryPlan, Compilation]:
+    """Compile or find the artifact, plan memory, load the weights.
+
+    Args:
+        options: resolved nowhere yet.
+        report: called with (stage, seconds) as stages end.
+    """
+    set_threads(options.threads)
+    checkpoint = open_checkpoint(options.model, options.revision, options.trust_remote_code)
+    chosen = compile_options(options)
+    cache = cache_directory(options.cache_dir)
+    compilation = compile_model(checkpoint, chosen, cache_dir=cache, report=report)
+    plan = plan_memory(compilation.artifact, options)
+    started = time.perf_counter()
+    worker = ModelWorker(compilation.artifact, checkpoint.read, plan.spec)
+    if report is not None:
+        report("load weights", time.perf_counter() - started)
+    config = EngineConfig(
+        enable_prefix_caching=options.enable_prefix_caching, seed=options.seed
+    )
+    return Engine(worker, config), plan, compilation
+
+
+def make_engine(**values: Any) -> Engine:
+    """Factory for the engine process: options as plain values, progress on standard error."""
+    options = from_mapping(values)
+    started = time.perf_counter()
+
+    def report(stage: str, seconds: float) -> None:
+        print(f"fxlm: {stage} {seconds:.1f} s", file=sys.stderr, flush=True)
+
+    engine, plan, compilation = build_engine(options, report)
+    how = "found" if compilation.cached else "compiled"
+    print(f"fxlm: artifact {how}: {compilation.artifact.path}", file=sys.stderr)
+    for line in plan.lines():
+        print(f"fxlm: {line}", file=sys.stderr)
+    total = time.perf_counter() - started
+    print(f"fxlm: engine ready after {total:.1f} s", file=sys.stderr, flush=True)
+    return engine

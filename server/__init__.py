@@ -1,0 +1,1 @@
+"""Floor 3: HTTP in, SSE out, and the command line."""

@@ -1,0 +1,43 @@
+"""What the handlers of one application share.
+
+Not here: anything of a single request.
+"""
+
+from dataclasses import dataclass
+
+from fxlm.server.bridge import Bridge
+from fxlm.server.errors import unavailable
+from fxlm.server.metrics import Metrics
+from fxlm.server.options import ServerOptions
+from fxlm.server.served import ServedModel
+from starlette.requests import Request
+
+
+@dataclass(kw_only=True, slots=True)
+class ServerState:
+    """The model, the way to the engine, the options; `draining` once a shutdown began."""
+
+    served: ServedModel
+    bridge: Bridge
+    metrics: Metrics
+    options: ServerOptions
+    draining: bool = False
+
+    def trouble(self) -> str | None:
+        """Why nothing can be served now, or None."""
+        return "the server is shutting down" if self.draining else self.bridge.trouble()
+
+    def check_ready(self) -> None:
+        """503 when nothing can be served now, before any work is done for the request."""
+        if self.draining:
+            raise unavailable("The server is shutting down.", "shutting_down", 10)
+        reason = self.bridge.trouble()
+        if reason is not None:
+            raise unavailable(f"The engine is not running: {reason}", "engine_dead", 10)
+
+
+def state_of(request: Request) -> ServerState:
+    """The state of the application that `request` came to."""
+    found = request.app.state.fxlm
+    assert isinstance(found, ServerState), repr(found)
+    return found

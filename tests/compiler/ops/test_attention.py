@@ -1,0 +1,230 @@
+"""Attention: references against a naive loop, the CPU kernel against the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fxlm.compiler.ops import reference
+from tests.compiler.ops import cases
+from tests.compiler.ops.cases import Rules, make_step
+
+FEATURES = {
+    "plain": Rules(),
+    "window": Rules(window=7),
+    "window_1": Rules(window=1),
+    "chunk": Rules(chunk=5),
+    "softcap": Rules(scale=2.0, softcap=3.0),
+    "sinks": Rules(sinks=torch.tensor([0.5, -1.0, 2.0, float("-inf")])),
+    "slopes": Rules(slopes=torch.tensor([0.5, 0.25, 0.125, 0.0625])),
+    "all": Rules(
+        window=9,
+        softcap=5.0,
+        sinks=torch.tensor([0.5, -1.0, 2.0, 0.0]),
+        slopes=torch.tensor([0.5, 0.25, 0.125, 0.0625]),
+    ),
+}
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+def kernel(args: tuple[torch.Tensor, ...], rules: Rules) -> torch.Tensor:
+    return torch.ops.fxlm.paged_attention(*args, *rules.args())
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_reference_of_placeholder_equals_naive_loop(name: str) -> None:
+    rules = FEATURES[name]
+    step = make_step([23], [0], dk=8, dv=12)
+    got = torch.ops.fxlm.attention(step.q, step.k, step.v, 3, *rules.args())
+    torch.testing.assert_close(got.double(), cases.naive_step(step, rules), atol=2e-6, rtol=2e-5)
+
+
+def test_placeholder_in_float64_is_exact() -> None:
+    step = make_step([19], [0])
+    q, k, v = (x.double() for x in (step.q, step.k, step.v))
+    got = torch.ops.fxlm.attention(q, k, v, 0, *Rules().args())
+    torch.testing.assert_close(got, cases.naive_step(step, Rules()), atol=1e-14, rtol=1e-12)
+
+
+def test_query_tiles_of_the_reference_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = make_step([23], [0])
+    whole = reference.attention(step.q, step.k, step.v, 0, *Rules(window=6).args())
+    monkeypatch.setattr(reference, "QUERY_TILE", 4)
+    tiled = reference.attention(step.q, step.k, step.v, 0, *Rules(window=6).args())
+    torch.testing.assert_close(tiled, whole)
+
+
+@pytest.mark.parametrize("name", FEATURES)
+@pytest.mark.parametrize("which", ["paged_attention", "paged_attention_reference"])
+def test_paged_equals_naive_loop_on_a_ragged_batch(which: str, name: str) -> None:
+    rules = FEATURES[name]
+    step = make_step([5, 1, 12, 1, 3], [0, 30, 9, 0, 17], block_size=4)
+    got = getattr(torch.ops.fxlm, which)(*step.cloned(), *rules.args())
+    torch.testing.assert_close(got.double(), cases.naive_step(step, rules), atol=2e-6, rtol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("width", [64, 80, 96, 128, 256, 20, 7])
+def test_kernel_equals_reference(dtype: torch.dtype, width: int) -> None:
+    rules = Rules(scale=width**-0.5)
+    step = make_step([1, 37, 1, 70], [300, 0, 515, 13], heads=6, dk=width, dtype=dtype)
+    want = torch.ops.fxlm.paged_attention_reference(*step.cloned(), *rules.args())
+    got = kernel(step.cloned(), rules)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got, want, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads"), [(1, 1), (8, 8), (8, 1), (71, 1), (130, 1), (14, 2)]
+)
+@pytest.mark.parametrize("block_size", [1, 8, 16, 24, 128])
+def test_kernel_with_groups_and_block_sizes(heads: int, kv_heads: int, block_size: int) -> None:
+    shape = {"heads": heads, "kv_heads": kv_heads, "dk": 24, "dv": 40, "block_size": block_size}
+    step = make_step([1, 9, 1], [77, 60, 0], **shape)
+    want = torch.ops.fxlm.paged_attention_reference(*step.cloned(), *Rules(window=50).args())
+    torch.testing.assert_close(kernel(step.cloned(), Rules(window=50)), want, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("rules", [Rules(), Rules(window=300), Rules(chunk=100)])
+def test_long_context_over_several_splits(rules: Rules) -> None:
+    step = make_step([1, 2], [2100, 1021], heads=2, kv_heads=1)
+    want = torch.ops.fxlm.paged_attention_reference(*step.cloned(), *rules.args())
+    torch.testing.assert_close(kernel(step.cloned(), rules), want, atol=2e-5, rtol=2e-5)
+
+
+def test_cache_is_written_where_the_slots_say() -> None:
+    for which in ("paged_attention", "paged_attention_reference"):
+        step = make_step([6, 3], [4, 0], block_size=4)
+        args = step.cloned()
+        args[5][2] = -1
+        before = args[3].clone()
+        getattr(torch.ops.fxlm, which)(*args, *Rules().args())
+        for index, slot in enumerate(step.slot_mapping.tolist()):
+            stored = args[3][slot // 4, :, slot % 4], args[4][slot // 4, :, slot % 4]
+            if index == 2:
+                assert stored[0].isnan().all()
+                assert stored[1].isnan().all()
+            else:
+                assert torch.equal(stored[0], step.k[0, :, index])
+                assert torch.equal(stored[1], step.v[0, :, index])
+        untouched = torch.ones(before.shape[0] * 4, dtype=torch.bool)
+        untouched[step.slot_mapping] = False
+        rows = untouched.view(-1, 4)
+        assert torch.equal(
+            before.transpose(1, 2)[rows].nan_to_num(9), args[3].transpose(1, 2)[rows].nan_to_num(9)
+        )
+
+
+def test_read_only_layer_sees_the_cache_of_another() -> None:
+    step = make_step([6, 1], [4, 20])
+    args = step.cloned()
+    first = kernel(args, Rules())
+    kept = args[3].clone()
+    shared = (args[0], None, None, *args[3:])
+    assert torch.equal(torch.ops.fxlm.paged_attention(*shared, *Rules().args()), first)
+    assert torch.equal(args[3].nan_to_num(9), kept.nan_to_num(9))
+
+
+def test_any_strides() -> None:
+    step = make_step([5, 1], [4, 20], dk=8)
+    want = kernel(step.cloned(), Rules())
+    args = list(step.cloned())
+    for i in range(3):
+        args[i] = torch.stack([args[i], args[i]], dim=-1)[..., 0]  # no dense dimension
+    table = torch.full((4, step.block_table.shape[1] + 3), -7, dtype=torch.int32)
+    table[:2, :-3] = step.block_table
+    args[8] = table[:2, : step.block_table.shape[1]]
+    assert torch.equal(kernel(tuple(args), Rules()), want)
+
+
+def test_tokens_of_no_sequence_are_zero() -> None:
+    step = make_step([3, 1], [4, 20])
+    args = list(step.cloned())
+    args[6] = torch.tensor([0, 3, 3], dtype=torch.int32)  # the second sequence has no tokens
+    args[7] = torch.tensor([7, 0], dtype=torch.int32)
+    want = torch.ops.fxlm.paged_attention_reference(*[x.clone() for x in args], *Rules().args())
+    got = kernel(tuple(args), Rules())
+    assert got[0, 3:].abs().max() == 0
+    torch.testing.assert_close(got, want)
+
+
+def test_float64_goes_to_the_reference() -> None:
+    step = make_step([3, 1], [4, 20])
+    args = tuple(x.double() if x.is_floating_point() else x for x in step.cloned())
+    got = kernel(args, Rules())
+    assert got.dtype == torch.float64
+    torch.testing.assert_close(got, cases.naive_step(step, Rules()), atol=1e-12, rtol=1e-12)
+    assert not args[3][step.slot_mapping[0] // 16, 0, step.slot_mapping[0] % 16].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("window", [0, 100, 700])
+@pytest.mark.parametrize(
+    "shape", [{"heads": 4, "kv_heads": 2, "dk": 20}, {"heads": 3, "kv_heads": 3}]
+)
+def test_chunks_and_company_change_no_bit(dtype: torch.dtype, window: int, shape: dict) -> None:
+    """A prompt of 600 whole, in chunks beside others, and its tokens one by one."""
+    rules = Rules(window=window, sinks=torch.linspace(-1, 1, shape["heads"]))
+    step = make_step([600], [0], dtype=dtype, **shape)
+    want = kernel(step.cloned(), rules)
+    args = step.cloned()
+    other = make_step([1], [300], dtype=dtype, seed=5, **shape)
+    begin = 0
+    for size in (1, 255, 2, 130, 64, 147, 1):
+        end = begin + size
+        columns = step.block_table.shape[1]
+        table = torch.zeros(2, columns, dtype=torch.int32)
+        table[0] = step.block_table[0]
+        table[1, : other.block_table.shape[1]] = other.block_table[0] + args[3].shape[0]
+        mixed = (
+            *(
+                torch.cat([a[:, :, begin:end], b], 2)
+                for a, b in zip(args[:3], (other.q, other.k, other.v), strict=True)
+            ),
+            torch.cat([args[3], other.k_cache]),
+            torch.cat([args[4], other.v_cache]),
+            torch.cat([args[5][begin:end], other.slot_mapping + args[3].shape[0] * 16]),
+            torch.tensor([0, size, size + 1], dtype=torch.int32),
+            torch.tensor([end, 301], dtype=torch.int32),
+            table,
+        )
+        got = kernel(mixed, rules)
+        args = (*args[:3], mixed[3][: args[3].shape[0]], mixed[4][: args[4].shape[0]], *args[5:])
+        assert torch.equal(got[:, :size], want[:, begin:end]), (begin, end)
+        begin = end
+
+
+def test_thread_count_changes_no_bit() -> None:
+    step = make_step([1], [3000], heads=2, kv_heads=1)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(kernel(step.cloned(), Rules()))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize(
+    ("index", "value", "message"),
+    [
+        (5, 10**6, "slot_mapping"),
+        (6, 4, "query_start"),
+        (7, 1, "seq_lens"),
+        (7, 10**6, "seq_lens"),
+        (8, 10**6, "block_table"),
+        (8, -1, "block_table"),
+    ],
+)
+def test_an_address_outside_of_the_cache_is_an_error(
+    registered: str, index: int, value: int, message: str
+) -> None:
+    if registered == "reference":
+        pytest.skip("checked by the kernels")
+    args = make_step([3, 2], [4, 20]).cloned()
+    args[index].view(-1)[1 if index != 8 else 0] = value
+    with pytest.raises(RuntimeError, match=message):
+        kernel(args, Rules())
