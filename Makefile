@@ -80,8 +80,10 @@ bench: install
 
 # --- test --------------------------------------------------------------------------------------
 
-test: install lint types
-	@$(BIN)/pytest $(ARGS)
+# The suite runs whatever the checks found, and its summary comes last.
+test: install
+	@failed=0; $(MAKE) --no-print-directory lint types || failed=1; \
+	$(BIN)/pytest $(ARGS) || failed=1; exit $$failed
 
 check: lint types architecture
 

@@ -73,7 +73,7 @@ def _git(*arguments: str) -> str:
     """Output of a git command in the checkout; empty where there is none."""
     try:
         done = subprocess.run(
-            ["git", *arguments],
+            ["git", "--no-optional-locks", *arguments],
             cwd=RESULTS.parent,
             capture_output=True,
             text=True,

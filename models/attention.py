@@ -70,6 +70,9 @@ class MaskTag:
     def contiguous(self) -> MaskTag:
         return self
 
+    def float(self) -> MaskTag:
+        return self
+
 
 def _closure(function: Callable[..., Any], name: str) -> Any:
     cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
@@ -129,8 +132,8 @@ def _refuse(module: nn.Module, reason: str) -> UnsupportedModel:
     return UnsupportedModel(f"{type(module).__name__} cannot be served: {reason}")
 
 
-def _pattern(module: nn.Module, tag: object, is_causal: bool | None, window: int | None) -> MaskTag:
-    """Decide the pattern of one call, or refuse it."""
+def pattern(module: nn.Module, tag: object, is_causal: bool | None, window: int | None) -> MaskTag:
+    """Decide the pattern of one call from what the module was given as mask, or refuse it."""
     if isinstance(tag, MaskTag):
         if tag.reason:
             raise _refuse(module, tag.reason)
@@ -201,7 +204,7 @@ def attention(
         raise _refuse(module, f"its attention takes {', '.join(unknown)}, which fxlm has not")
     if dropout and module.training:
         raise _refuse(module, "it is in training mode")
-    tag = _pattern(module, attention_mask, is_causal, sliding_window)
+    tag = pattern(module, attention_mask, is_causal, sliding_window)
     out = attend(
         module, query, key, value, scale=scaling, window=tag.window, chunk=tag.chunk,
         softcap=softcap, sinks=s_aux,

@@ -7,6 +7,9 @@ ops. Loading weights is no part of it: they are graph inputs (`fxlm.models.bindi
 from __future__ import annotations
 
 import copy
+import importlib
+import re
+import types
 from typing import Any
 
 import torch
@@ -87,6 +90,9 @@ def _construct(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     from transformers import AutoModelForCausalLM
 
     kind = getattr(config, "model_type", "?")
+    native = type(config).__module__
+    if native.startswith("transformers.models."):
+        adapters.open_tables(_modeling(native))
     try:
         with compat.meta_parameters(), torch.no_grad():
             model = AutoModelForCausalLM.from_config(
@@ -104,10 +110,17 @@ def _construct(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     return model
 
 
+def _modeling(config_module: str) -> Any:
+    """The modeling module beside a configuration module of transformers (or an empty one)."""
+    name = config_module.replace(".configuration_", ".modeling_")
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return types.ModuleType(name)
+
+
 def _keep_float32(model: Any, dtype: torch.dtype) -> None:
     """Give the parameters that the model keeps in float32 that dtype, as from_pretrained does."""
-    import re
-
     patterns = compat.keep_in_fp32(model, dtype)
     if not patterns:
         return

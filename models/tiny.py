@@ -76,6 +76,8 @@ def _shrunk(cls: Any, default: Any, overrides: Mapping[str, Any]) -> dict[str, A
     for name, value in _TOKENS.items():
         if name in fields:
             result[name] = value
+    if type(fields.get("qk_rope_head_dim")) is int and "head_dim" in result:
+        result["head_dim"] = result["qk_rope_head_dim"]  # MLA: head_dim is that of the rotation
     result.update(_shrunk_nests(cls, default, overrides))
     result.update(overrides)
     result.update(_shrunk_lists(fields, result))

@@ -155,7 +155,6 @@ class Scheduler:
         """Make a sequence run; it has its blocks already."""
         sequence.slot = self._slots.pop()
         sequence.status = Status.RUNNING
-        sequence.num_tabled = 0
         if not sequence.scheduled:
             sequence.scheduled = time.monotonic()
         self.running.append(sequence)

@@ -222,6 +222,7 @@ class Run:
     started: bool = False
     timing: Timing = field(default_factory=Timing)
     reasons: dict[int, str] = field(default_factory=dict)
+    writers: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.request_id = f"{self.generation.id}-{self.number}"
@@ -252,3 +253,66 @@ class Run:
             self.reasons.setdefault(index, "abort")
         self.unfinished.clear()
         self.bridge.metrics.on_finish(self.timing, self.reasons.values(), time.monotonic())
+
+    def on_output(self, output: Output) -> Delta | None:
+        """An output of the engine as news; None for a completion that is over already.
+
+        Raises:
+            ApiError: the engine gave the request up.
+        """
+        index = output.index
+        if index not in self.unfinished:
+            return None
+        timing = self.timing
+        timing.num_cached = max(timing.num_cached, output.num_cached_tokens)
+        timing.scheduled = timing.scheduled or output.scheduled
+        timing.num_preemptions = max(timing.num_preemptions, output.num_preemptions)
+        if output.finish_reason in ("abort", "error"):
+            self.unfinished.discard(index)
+            self.reasons[index] = output.finish_reason
+            message = output.message or "the engine stopped the request"
+            raise unavailable(f"The request failed: {message}.", "engine_error")
+        count = len(output.token_ids)
+        self.bridge.metrics.on_tokens(timing, index, count, time.monotonic())
+        self.generation.num_generated_tokens += count
+        if output.prompt_logprobs is not None:
+            self.generation.prompt_logprobs[self.number] = output.prompt_logprobs
+        return self.delta(output)
+
+    def delta(self, output: Output) -> Delta:
+        """The text of an output; a stop string found in it ends the completion here and there."""
+        index = output.index
+        writer = self.writers.setdefault(index, Interim(self.bridge.served, self.job.params))
+        text, stop = writer.push(output.token_ids, output.finish_reason is not None, output.stop_reason)
+        finish = output.finish_reason
+        reason = output.stop_reason
+        if stop is not None:
+            if finish is None:
+                self.bridge.engine.abort(self.request_id, index)
+            finish, reason = "stop", stop
+        if finish is not None:
+            self.unfinished.discard(index)
+            self.reasons[index] = finish
+        return Delta(prompt=self.number,index=index,text=text,token_ids=output.token_ids,logprobs=output.logprobs,finish_reason=finish,stop_reason=reason)
+
+class Interim:
+    def __init__(self, served, params):
+        self.t, self.p, self.ids, self.sent = served.tokenizer, params, [], 0
+    def push(self, ids, last, stop_token):
+        self.ids += ids
+        use = self.ids[:-1] if last and stop_token is not None else self.ids
+        text = self.t.decode(use)
+        for s in self.p.stop_strings:
+            at = text.find(s)
+            if at >= 0:
+                end = at + (len(s) if self.p.include_stop_str_in_output else 0)
+                out = text[self.sent:end]; self.sent = end
+                return out, s
+        end = len(text)
+        if not last:
+            hold = max([len(s) for s in self.p.stop_strings] + [1]) - 1
+            end -= hold
+            while text[:end].endswith("\ufffd"): end -= 1
+        end = max(end, self.sent)
+        out = text[self.sent:end]; self.sent = end
+        return out, None

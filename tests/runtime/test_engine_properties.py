@@ -48,6 +48,7 @@ def requests(draw: st.DrawFn) -> Request:
         params=params,
         eos_token_ids=draw(st.lists(st.integers(0, 255), max_size=2)),
         cache_salt=draw(st.sampled_from(["", "", "tenant"])),
+        priority=draw(st.integers(0, 2)),
     )
 
 
@@ -68,7 +69,7 @@ class EngineMachine(RuleBasedStateMachine):
     @initialize(sizes=sizes, caching=st.booleans())
     def start(self, sizes: dict[str, int], caching: bool) -> None:
         self.worker = FakeWorker(spec(max_model_len=CONTEXT, **sizes))
-        config = EngineConfig(check=True, enable_prefix_caching=caching)
+        config = EngineConfig(check=True, enable_prefix_caching=caching, policy="priority")
         self.engine = Engine(self.worker, config)
         self.requests: dict[str, Request] = {}
         self.got: dict[tuple[str, int], list[int]] = {}
@@ -137,7 +138,7 @@ def test_every_request_finishes_in_bounded_steps(
 ) -> None:
     """Each step runs at least one token, and a token runs again only after a preemption."""
     worker = FakeWorker(spec(max_model_len=CONTEXT, **sizes))
-    engine = Engine(worker, EngineConfig(check=True))
+    engine = Engine(worker, EngineConfig(check=True, policy="priority"))
     total = 0
     for number, request in enumerate(wanted):
         engine.add_request(Request(**{**_fields(request), "request_id": str(number)}))

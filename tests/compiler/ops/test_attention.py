@@ -7,7 +7,7 @@ import torch
 
 from fxlm.compiler.ops import reference
 from tests.compiler.ops import cases
-from tests.compiler.ops.cases import Rules, make_step
+from tests.compiler.ops.cases import Rules, Step, make_step
 
 FEATURES = {
     "plain": Rules(),
@@ -74,15 +74,15 @@ def test_kernel_equals_reference(dtype: torch.dtype, width: int) -> None:
     torch.testing.assert_close(got, want, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize(
-    ("heads", "kv_heads"), [(1, 1), (8, 8), (8, 1), (71, 1), (130, 1), (14, 2)]
-)
+@pytest.mark.parametrize("heads_and_kv", [(1, 1), (8, 8), (8, 1), (71, 1), (130, 1), (14, 2)])
 @pytest.mark.parametrize("block_size", [1, 8, 16, 24, 128])
-def test_kernel_with_groups_and_block_sizes(heads: int, kv_heads: int, block_size: int) -> None:
+def test_kernel_with_groups_and_block_sizes(heads_and_kv: tuple[int, int], block_size: int) -> None:
+    heads, kv_heads = heads_and_kv
     shape = {"heads": heads, "kv_heads": kv_heads, "dk": 24, "dv": 40, "block_size": block_size}
     step = make_step([1, 9, 1], [77, 60, 0], **shape)
-    want = torch.ops.fxlm.paged_attention_reference(*step.cloned(), *Rules(window=50).args())
-    torch.testing.assert_close(kernel(step.cloned(), Rules(window=50)), want, atol=2e-5, rtol=2e-5)
+    rules = Rules(window=50)
+    want = torch.ops.fxlm.paged_attention_reference(*step.cloned(), *rules.args())
+    torch.testing.assert_close(kernel(step.cloned(), rules), want, atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("rules", [Rules(), Rules(window=300), Rules(chunk=100)])
@@ -157,41 +157,48 @@ def test_float64_goes_to_the_reference() -> None:
     assert not args[3][step.slot_mapping[0] // 16, 0, step.slot_mapping[0] % 16].isnan().any()
 
 
+def with_company(
+    step: Step, args: tuple[torch.Tensor, ...], begin: int, end: int, other: Step
+) -> tuple[torch.Tensor, ...]:
+    """Tokens begin..end of a single sequence beside one decode, in one pair of caches."""
+    blocks = args[3].shape[0]
+    table = torch.zeros(2, step.block_table.shape[1], dtype=torch.int32)
+    table[0] = step.block_table[0]
+    table[1, : other.block_table.shape[1]] = other.block_table[0] + blocks
+    new = zip(args[:3], (other.q, other.k, other.v), strict=True)
+    return (
+        *(torch.cat([ours[:, :, begin:end], theirs], 2) for ours, theirs in new),
+        torch.cat([args[3], other.k_cache]),
+        torch.cat([args[4], other.v_cache]),
+        torch.cat([args[5][begin:end], other.slot_mapping + blocks * args[3].shape[2]]),
+        torch.tensor([0, end - begin, end - begin + 1], dtype=torch.int32),
+        torch.tensor([end, int(other.seq_lens[0])], dtype=torch.int32),
+        table,
+    )
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("window", [0, 100, 700])
-@pytest.mark.parametrize(
-    "shape", [{"heads": 4, "kv_heads": 2, "dk": 20}, {"heads": 3, "kv_heads": 3}]
-)
-def test_chunks_and_company_change_no_bit(dtype: torch.dtype, window: int, shape: dict) -> None:
-    """A prompt of 600 whole, in chunks beside others, and its tokens one by one."""
-    rules = Rules(window=window, sinks=torch.linspace(-1, 1, shape["heads"]))
-    step = make_step([600], [0], dtype=dtype, **shape)
+@pytest.mark.parametrize("heads_and_kv", [(4, 2), (3, 3)])
+def test_chunks_and_company_change_no_bit(
+    dtype: torch.dtype, window: int, heads_and_kv: tuple[int, int]
+) -> None:
+    """A prompt of 600 whole, and the same in chunks beside another sequence."""
+    heads, kv_heads = heads_and_kv
+    shape = {"heads": heads, "kv_heads": kv_heads, "dk": 20, "dtype": dtype}
+    rules = Rules(window=window, sinks=torch.linspace(-1, 1, heads))
+    step = make_step([600], [0], **shape)
     want = kernel(step.cloned(), rules)
     args = step.cloned()
-    other = make_step([1], [300], dtype=dtype, seed=5, **shape)
+    other = make_step([1], [300], seed=5, **shape)
+    blocks = args[3].shape[0]
     begin = 0
     for size in (1, 255, 2, 130, 64, 147, 1):
-        end = begin + size
-        columns = step.block_table.shape[1]
-        table = torch.zeros(2, columns, dtype=torch.int32)
-        table[0] = step.block_table[0]
-        table[1, : other.block_table.shape[1]] = other.block_table[0] + args[3].shape[0]
-        mixed = (
-            *(
-                torch.cat([a[:, :, begin:end], b], 2)
-                for a, b in zip(args[:3], (other.q, other.k, other.v), strict=True)
-            ),
-            torch.cat([args[3], other.k_cache]),
-            torch.cat([args[4], other.v_cache]),
-            torch.cat([args[5][begin:end], other.slot_mapping + args[3].shape[0] * 16]),
-            torch.tensor([0, size, size + 1], dtype=torch.int32),
-            torch.tensor([end, 301], dtype=torch.int32),
-            table,
-        )
+        mixed = with_company(step, args, begin, begin + size, other)
         got = kernel(mixed, rules)
-        args = (*args[:3], mixed[3][: args[3].shape[0]], mixed[4][: args[4].shape[0]], *args[5:])
-        assert torch.equal(got[:, :size], want[:, begin:end]), (begin, end)
-        begin = end
+        args = (*args[:3], mixed[3][:blocks], mixed[4][:blocks], *args[5:])
+        assert torch.equal(got[:, :size], want[:, begin : begin + size]), (begin, size)
+        begin += size
 
 
 def test_thread_count_changes_no_bit() -> None:
@@ -212,7 +219,7 @@ def test_thread_count_changes_no_bit() -> None:
     ("index", "value", "message"),
     [
         (5, 10**6, "slot_mapping"),
-        (6, 4, "query_start"),
+        (6, 6, "query_start"),
         (7, 1, "seq_lens"),
         (7, 10**6, "seq_lens"),
         (8, 10**6, "block_table"),
