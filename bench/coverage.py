@@ -78,7 +78,9 @@ def _evaluate(path: Path, result: dict[str, Any]) -> None:
     nodes = [n for n in exported.graph.nodes if str(n.target) == "fxlm.attention.default"]
     result["num_attention"] = len(nodes)
     if not nodes:
-        result["reason"] = "no attention op in the graph: it attends in code of its own, or not at all"
+        result["reason"] = (
+            "no attention op in the graph: it attends in code of its own, or not at all"
+        )
         return
     result["attention"] = True
     result["reason"] = _compare(path, exported, weights)
@@ -221,10 +223,6 @@ def _preload() -> None:
     import torch
     import transformers
 
-    import fxlm.compiler.capture
-    import fxlm.models.binding
-    import fxlm.models.build
-    import fxlm.models.tiny
     from fxlm.models import attention, experts
 
     warnings.filterwarnings("ignore")

@@ -26,10 +26,10 @@ class _Logits(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model_under_capture = model
+        self.m = model  # short, as it begins every name of the graph
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        out = self.model_under_capture(
+        out = self.m(
             input_ids=input_ids, position_ids=position_ids, use_cache=False, return_dict=True
         )
         logits: torch.Tensor = out.logits
@@ -111,7 +111,7 @@ def _program(exported: Any, buffers: dict[str, torch.Tensor], facts: Facts) -> P
     constants: dict[str, torch.Tensor] = {}
     for name, spec in zip(names, specs, strict=True):
         kind = spec.kind.name
-        source = (spec.target or spec.arg.name).removeprefix("model_under_capture.")
+        source = (spec.target or spec.arg.name).removeprefix("m.")
         if kind == "USER_INPUT":
             inputs[name] = Input(role="step", source=name)
         elif kind == "PARAMETER":

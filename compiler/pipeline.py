@@ -194,7 +194,8 @@ def _settle(program: Program, item: GraphPass) -> None:
         program.graph.lint()
         contract.check(program)
     except (ContractError, RuntimeError) as error:
-        raise PassError(f"pass {item.name} left an unlawful graph: {error}") from error
+        reason = str(error).splitlines()[0]  # lint appends the whole graph
+        raise PassError(f"pass {item.name} left an unlawful graph: {reason}") from error
     program.module.recompile()
 
 

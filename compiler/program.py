@@ -249,7 +249,7 @@ def module_path(node: fx.Node) -> str:
     """Path of the innermost module that made the node, e.g. ``model.layers.0.mlp.up_proj``."""
     stack = node.meta.get("nn_module_stack") or {}
     paths = [str(path) for path, _ in stack.values()]
-    return paths[-1].removeprefix("model_under_capture").lstrip(".") if paths else ""
+    return paths[-1].removeprefix("m.") if paths and paths[-1] != "m" else ""
 
 
 def ancestors(nodes: Iterable[fx.Node], stop: Any = None) -> Iterator[fx.Node]:

@@ -78,6 +78,8 @@ def _shrunk(cls: Any, default: Any, overrides: Mapping[str, Any]) -> dict[str, A
             result[name] = value
     if type(fields.get("qk_rope_head_dim")) is int and "head_dim" in result:
         result["head_dim"] = result["qk_rope_head_dim"]  # MLA: head_dim is that of the rotation
+    if type(fields.get("kv_lora_rank")) is int and "num_key_value_heads" in result:
+        result["num_key_value_heads"] = 4  # MLA: every head has keys of its own
     result.update(_shrunk_nests(cls, default, overrides))
     result.update(overrides)
     result.update(_shrunk_lists(fields, result))

@@ -208,8 +208,9 @@ class _Compiler:
         from fxlm.compiler.lower import default_options, lower
 
         self.pool.mkdir(parents=True, exist_ok=True)
-        same = {k: self.factors[k] for k in ("versions", "device", "source")}
+        same = {k: self.factors[k] for k in ("versions", "device")}
         for region in plan.regions:
+            # A package depends on the graph, not on the code that made it.
             identity = [region.digest, same, default_options()]
             pooled = self.pool / f"{keys.digest(identity)[:32]}.pt2"
             with self.stage(f"compile {region.name}"):

@@ -1,15 +1,11 @@
 """ModelWorker: an artifact with its weights and its KV memory, run once a batch.
 
-Here: memory, the call of the step, block copies, and `make_engine`, which an engine process
-starts from. Not here: what is in a batch (`batch`), who is in it (`scheduler`).
+Here: memory, the call of the step, block copies, and `build_engine`. Not here: what is in a batch (`batch`), who is in it (`scheduler`).
 """
 
 from __future__ import annotations
 
-import logging
-import sys
 import time
-from typing import Any
 
 import torch
 
@@ -22,10 +18,8 @@ from fxlm.runtime.batch import Batch
 from fxlm.runtime.compile import Compilation, Report, cache_directory, compile_model
 from fxlm.runtime.engine import Engine, EngineConfig
 from fxlm.runtime.memory import MemoryPlan, plan_memory
-from fxlm.runtime.options import EngineOptions, compile_options, from_mapping
+from fxlm.runtime.options import EngineOptions, compile_options
 from fxlm.runtime.step import StepResult, WorkerSpec
-
-_log = logging.getLogger(__name__)
 
 
 class ModelWorker:
@@ -117,21 +111,3 @@ def build_engine(
         enable_prefix_caching=options.enable_prefix_caching, seed=options.seed
     )
     return Engine(worker, config), plan, compilation
-
-
-def make_engine(**values: Any) -> Engine:
-    """Factory for the engine process: options as plain values, progress on standard error."""
-    options = from_mapping(values)
-    started = time.perf_counter()
-
-    def report(stage: str, seconds: float) -> None:
-        print(f"fxlm: {stage} {seconds:.1f} s", file=sys.stderr, flush=True)
-
-    engine, plan, compilation = build_engine(options, report)
-    how = "found" if compilation.cached else "compiled"
-    print(f"fxlm: artifact {how}: {compilation.artifact.path}", file=sys.stderr)
-    for line in plan.lines():
-        print(f"fxlm: {line}", file=sys.stderr)
-    total = time.perf_counter() - started
-    print(f"fxlm: engine ready after {total:.1f} s", file=sys.stderr, flush=True)
-    return engine

@@ -4,20 +4,6 @@ Here: `create_app` and the small routes. Not here: the two endpoints that genera
 `completions.py`), the process around the application (`serve.py`).
 """
 
-import fxlm
-from fxlm.compiler.errors import FxlmError
-from fxlm.server.auth import OPEN_PATHS, AuthMiddleware
-from fxlm.server.bridge import Bridge, Engine
-from fxlm.server.chat import chat_completions
-from fxlm.server.completions import completions
-from fxlm.server.errors import ApiError, on_crash, on_error, on_http_error
-from fxlm.server.metrics import CONTENT_TYPE, Metrics
-from fxlm.server.options import ServerOptions
-from fxlm.server.record import RecordMiddleware
-from fxlm.server.replies import ModelCard, ModelList, to_json
-from fxlm.server.served import ServedModel
-from fxlm.server.sse import ClientLeft
-from fxlm.server.state import ServerState, state_of
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -25,6 +11,21 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+
+import fxlm
+from fxlm.compiler.errors import FxlmError
+from fxlm.server.auth import OPEN_PATHS, AuthMiddleware
+from fxlm.server.bridge import Bridge, Engine
+from fxlm.server.chat import chat_completions
+from fxlm.server.completions import completions
+from fxlm.server.errors import ApiError, on_error, on_http_error
+from fxlm.server.metrics import CONTENT_TYPE, Metrics
+from fxlm.server.options import ServerOptions
+from fxlm.server.record import RecordMiddleware
+from fxlm.server.replies import ModelCard, ModelList, to_json
+from fxlm.server.served import ServedModel
+from fxlm.server.sse import ClientLeft
+from fxlm.server.state import ServerState, state_of
 
 
 def json_response(value: object, status: int = 200) -> Response:
@@ -88,7 +89,7 @@ def routes() -> list[Route]:
 def middleware(options: ServerOptions) -> list[Middleware]:
     """From the outside in: record and log; CORS, if any origin is allowed; keys."""
     open_paths = OPEN_PATHS | ({"/metrics"} if options.metrics_public else set())
-    stack = [Middleware(RecordMiddleware)]
+    stack = [Middleware(RecordMiddleware, max_header_bytes=options.limits.header_bytes)]
     if options.allowed_origins:
         stack.append(
             Middleware(
@@ -135,7 +136,6 @@ def create_app(
             FxlmError: on_error,
             ClientLeft: on_client_left,
             HTTPException: on_http_error,
-            Exception: on_crash,
         },
     )
     app.router.redirect_slashes = False  # a redirect would name a host that the client chose

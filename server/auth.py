@@ -8,8 +8,9 @@ import hashlib
 import hmac
 from collections.abc import Iterable, Sequence
 
-from fxlm.server.errors import ApiError
 from starlette.types import ASGIApp, Receive, Scope, Send
+
+from fxlm.server.errors import ApiError
 
 OPEN_PATHS = frozenset({"/health", "/version"})
 

@@ -283,7 +283,9 @@ class Run:
         """The text of an output; a stop string found in it ends the completion here and there."""
         index = output.index
         writer = self.writers.setdefault(index, Interim(self.bridge.served, self.job.params))
-        text, stop = writer.push(output.token_ids, output.finish_reason is not None, output.stop_reason)
+        text, stop = writer.push(
+            output.token_ids, output.finish_reason is not None, output.stop_reason
+        )
         finish = output.finish_reason
         reason = output.stop_reason
         if stop is not None:
@@ -293,11 +295,21 @@ class Run:
         if finish is not None:
             self.unfinished.discard(index)
             self.reasons[index] = finish
-        return Delta(prompt=self.number,index=index,text=text,token_ids=output.token_ids,logprobs=output.logprobs,finish_reason=finish,stop_reason=reason)
+        return Delta(
+            prompt=self.number,
+            index=index,
+            text=text,
+            token_ids=output.token_ids,
+            logprobs=output.logprobs,
+            finish_reason=finish,
+            stop_reason=reason,
+        )
+
 
 class Interim:
     def __init__(self, served, params):
         self.t, self.p, self.ids, self.sent = served.tokenizer, params, [], 0
+
     def push(self, ids, last, stop_token):
         self.ids += ids
         use = self.ids[:-1] if last and stop_token is not None else self.ids
@@ -306,13 +318,16 @@ class Interim:
             at = text.find(s)
             if at >= 0:
                 end = at + (len(s) if self.p.include_stop_str_in_output else 0)
-                out = text[self.sent:end]; self.sent = end
+                out = text[self.sent : end]
+                self.sent = end
                 return out, s
         end = len(text)
         if not last:
             hold = max([len(s) for s in self.p.stop_strings] + [1]) - 1
             end -= hold
-            while text[:end].endswith("\ufffd"): end -= 1
+            while text[:end].endswith("\ufffd"):
+                end -= 1
         end = max(end, self.sent)
-        out = text[self.sent:end]; self.sent = end
+        out = text[self.sent : end]
+        self.sent = end
         return out, None

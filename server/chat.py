@@ -11,10 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
 from fxlm.compiler.errors import InvalidRequest
 from fxlm.runtime.sampling_params import SamplingParams
 from fxlm.server.auth import tenant_of
-from fxlm.server.bridge import Delta, Generation, Job, off_loop
+from fxlm.server.bridge import LONG_TEXT, Delta, Generation, Job, off_loop
 from fxlm.server.decode import check_depth, read_request
 from fxlm.server.errors import bad_request
 from fxlm.server.limits import Limits
@@ -45,8 +48,6 @@ from fxlm.server.served import ServedModel
 from fxlm.server.sse import DONE, EventStream, encode_event, until_disconnect
 from fxlm.server.state import ServerState, state_of
 from fxlm.server.texts import TokenTexts
-from starlette.requests import Request
-from starlette.responses import Response
 
 # Names that a client may not set through chat_template_kwargs: they are ours or are code.
 RESERVED = frozenset(
@@ -112,9 +113,11 @@ def chat_params(
 
 
 async def prompt_ids(body: ChatRequest, state: ServerState) -> list[int]:
-    """Messages to token ids, on another thread where the text is long."""
+    """Messages to token ids, on another thread where that may take long."""
     messages = template_messages(body.messages, state.options.limits)
     size = sum(len(message["content"]) for message in messages)
+    if body.chat_template_kwargs:  # a template's loops may follow what the client gives
+        size += LONG_TEXT
     ids = await off_loop(size, encode_chat, body, messages, state.served)
     check_prompt_length(len(ids), state.served, "messages")
     return ids
@@ -216,14 +219,14 @@ class ChatWriter:
 
     def chunk(self, index: int, delta: ChatDelta, **more: Any) -> bytes:
         """One event about one choice."""
-        count: Usage | None | msgspec.UnsetType = msgspec.UNSET
+        count: Usage | msgspec.UnsetType | None = msgspec.UNSET
         if self.body.include_usage:
             count = self.usage() if self.body.continuous_usage else None
         choice = ChatChunkChoice(index=index, delta=delta, **more)
         return encode_event(self.envelope([choice], count))
 
     def envelope(
-        self, choices: list[ChatChunkChoice], count: Usage | None | msgspec.UnsetType
+        self, choices: list[ChatChunkChoice], count: Usage | msgspec.UnsetType | None
     ) -> ChatChunk:
         """What every event has."""
         return ChatChunk(

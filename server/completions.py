@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from typing import cast
 
 import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
 from fxlm.runtime.messages import TokenLogprob
 from fxlm.runtime.sampling_params import SamplingParams
 from fxlm.server.auth import tenant_of
@@ -41,8 +44,6 @@ from fxlm.server.served import ServedModel
 from fxlm.server.sse import DONE, EventStream, encode_event, until_disconnect
 from fxlm.server.state import ServerState, state_of
 from fxlm.server.texts import TokenTexts
-from starlette.requests import Request
-from starlette.responses import Response
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's for this endpoint
 
@@ -231,8 +232,10 @@ class CompletionWriter:
         if isinstance(self.body.prompt, str):
             return self.body.prompt
         given = self.body.prompt[prompt]
-        return given if isinstance(given, str) else self.texts.tokenizer.decode(
-            self.prompts[prompt], skip_special_tokens=False
+        return (
+            given
+            if isinstance(given, str)
+            else self.texts.tokenizer.decode(self.prompts[prompt], skip_special_tokens=False)
         )
 
     def logprobs(self, prompt: int, answer: Answer) -> CompletionLogprobs | None:
@@ -284,7 +287,7 @@ class CompletionWriter:
         return made
 
     def envelope(
-        self, choices: list[CompletionChoice], count: Usage | None | msgspec.UnsetType
+        self, choices: list[CompletionChoice], count: Usage | msgspec.UnsetType | None
     ) -> CompletionReply:
         """What every answer and event has."""
         return CompletionReply(
@@ -295,7 +298,7 @@ class CompletionWriter:
             usage=count,
         )
 
-    def running_usage(self) -> Usage | None | msgspec.UnsetType:
+    def running_usage(self) -> Usage | msgspec.UnsetType | None:
         """The usage of an event before the last."""
         if not self.body.include_usage:
             return msgspec.UNSET

@@ -9,6 +9,8 @@ import re
 from typing import Any, TypeVar
 
 import msgspec
+from starlette.requests import ClientDisconnect, Request
+
 from fxlm.server.errors import ApiError, bad_request
 from fxlm.server.limits import Limits
 from fxlm.server.protocol import (
@@ -23,7 +25,6 @@ from fxlm.server.protocol import (
     Unsupported,
 )
 from fxlm.server.suggest import did_you_mean
-from starlette.requests import ClientDisconnect, Request
 
 R = TypeVar("R", bound=Sampling)
 

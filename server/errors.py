@@ -8,10 +8,11 @@ import logging
 from collections.abc import Mapping
 
 import msgspec
-from fxlm.compiler.errors import EngineDead, FxlmError, InvalidRequest, OutOfMemory
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+
+from fxlm.compiler.errors import EngineDead, FxlmError, InvalidRequest, OutOfMemory
 
 log = logging.getLogger("fxlm.server")
 
@@ -99,11 +100,6 @@ def as_api_error(error: Exception) -> ApiError:
 
 async def on_error(_: Request, error: Exception) -> Response:
     """Handler of `ApiError` and `FxlmError`."""
-    return as_api_error(error).response()
-
-
-async def on_crash(_: Request, error: Exception) -> Response:
-    """Handler of everything unforeseen: the client gets no detail, the log gets all of it."""
     return as_api_error(error).response()
 
 

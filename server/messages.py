@@ -7,6 +7,7 @@ Here: content parts to text, tool calls of past turns, checks by position. Not h
 from typing import Any
 
 import msgspec
+
 from fxlm.server.decode import check_depth
 from fxlm.server.errors import bad_request
 from fxlm.server.limits import Limits

@@ -8,8 +8,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from fxlm.runtime.messages import ITERATION_BUCKETS, Stats
-from fxlm.runtime.sampling_params import SamplingParams
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -21,6 +19,9 @@ from prometheus_client.gc_collector import GCCollector
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
+
+from fxlm.runtime.messages import ITERATION_BUCKETS, Stats
+from fxlm.runtime.sampling_params import SamplingParams
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 LABELS = ("model_name", "engine")
@@ -159,9 +160,7 @@ class Metrics:
         make = self.histogram
         self.ttft = make("time_to_first_token_seconds", "Time to first token.", FIRST_TOKEN_S)
         self.itl = make("inter_token_latency_seconds", "Time between tokens.", PER_TOKEN_S)
-        self.tpot = make(
-            "request_time_per_output_token_seconds", "Mean time a token.", PER_TOKEN_S
-        )
+        self.tpot = make("request_time_per_output_token_seconds", "Mean time a token.", PER_TOKEN_S)
         self.e2e = make("e2e_request_latency_seconds", "Arrival to last token.", REQUEST_S)
         self.queue = make("request_queue_time_seconds", "Arrival to first schedule.", REQUEST_S)
         self.inference = make("request_inference_time_seconds", "Schedule to end.", REQUEST_S)

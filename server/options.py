@@ -10,7 +10,7 @@ import ipaddress
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fxlm.compiler.errors import InvalidOption
 from fxlm.server.limits import Limits
@@ -84,7 +84,9 @@ def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-model-len", type=whole(1), metavar="N", help="context length, in tokens"
     )
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the engine")
+    group.add_argument(
+        "--seed", type=int, metavar="N", help="makes requests without a seed repeatable"
+    )
     group.add_argument(
         "--trust-remote-code",
         action="store_true",
@@ -237,7 +239,7 @@ class ServerOptions:
     max_num_queued_reqs: int = 1024
     shutdown_timeout_s: int = 30
     log_level: str = "info"
-    limits: Limits = Limits()
+    limits: Limits = field(default_factory=Limits)
 
     @property
     def is_public(self) -> bool:

@@ -7,6 +7,7 @@ Not here: what the engine checks again on its own (`SamplingParams.verify`).
 from typing import NoReturn
 
 import msgspec
+
 from fxlm.compiler.errors import InvalidRequest
 from fxlm.runtime.sampling_params import SamplingParams
 from fxlm.server.errors import ApiError, bad_request
@@ -57,7 +58,10 @@ def check_rules(body: Sampling, limits: Limits) -> None:
         refuse("n", body.n, f"it must be in 1..{limits.n}")
     if body.cache_salt is not None and not 0 < len(body.cache_salt) <= limits.salt_chars:
         refuse("cache_salt", body.cache_salt, f"it must have 1 to {limits.salt_chars} characters")
-    for name, bound in (("logit_bias", limits.logit_bias), ("stop_token_ids", limits.stop_token_ids)):
+    for name, bound in (
+        ("logit_bias", limits.logit_bias),
+        ("stop_token_ids", limits.stop_token_ids),
+    ):
         count = len(getattr(body, name) or ())
         if count > bound:
             message = f"{name} has {count} entries; at most {bound} are accepted."

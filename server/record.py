@@ -1,7 +1,7 @@
-"""One request's facts for its log line, and the middleware that writes the line.
+"""One request's facts for its log line, and the middleware around everything else.
 
-Here: `Record` (filled by the handlers), request ids, the access log. Content is never logged.
-Not here: metrics (`metrics.py`).
+Here: `Record` (filled by the handlers), request ids, the access log, the last catch for faults of
+ours, the bound on headers. Content is never logged. Not here: metrics (`metrics.py`).
 """
 
 import logging
@@ -11,7 +11,10 @@ from dataclasses import dataclass, field
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from fxlm.server.errors import ApiError, as_api_error
+
 log = logging.getLogger("fxlm.access")
+log_errors = logging.getLogger("fxlm.server")
 QUIET_PATHS = frozenset({"/health", "/metrics"})
 MAX_ID_CHARS = 128
 
@@ -61,10 +64,15 @@ def choose_id(scope: Scope) -> str:
 
 
 class RecordMiddleware:
-    """Gives each request a `Record`, answers its X-Request-Id, writes one line when it ends."""
+    """Gives each request a `Record`, answers its X-Request-Id, writes one line when it ends.
 
-    def __init__(self, app: ASGIApp) -> None:
+    A fault of ours is caught here: the log gets all of it, the client a 500 without detail, and
+    the connection lives on.
+    """
+
+    def __init__(self, app: ASGIApp, max_header_bytes: int) -> None:
         self.app = app
+        self.max_header_bytes = max_header_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -80,9 +88,25 @@ class RecordMiddleware:
             await send(message)
 
         try:
-            await self.app(scope, receive, send_with_id)
+            await self.answer(scope, receive, send_with_id, record)
         finally:
             write_line(scope, record)
+
+    async def answer(self, scope: Scope, receive: Receive, send: Send, record: Record) -> None:
+        """The application's answer, or a 431, or a 500."""
+        size = sum(len(name) + len(value) + 4 for name, value in scope["headers"])
+        if size > self.max_header_bytes:
+            message = f"The headers have {size} bytes; at most {self.max_header_bytes} go."
+            error = ApiError(431, message, code="headers_too_large")
+            await error.response()(scope, receive, send)
+            return
+        try:
+            await self.app(scope, receive, send)
+        except Exception as error:
+            log_errors.error("internal error, id=%s", record.request_id, exc_info=error)
+            if record.status:
+                raise  # too late for a status: the server closes the connection
+            await as_api_error(error).response()(scope, receive, send)
 
 
 def write_line(scope: Scope, record: Record) -> None:

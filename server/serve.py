@@ -18,12 +18,13 @@ from contextlib import contextmanager
 from types import FrameType
 
 import uvicorn
+from starlette.applications import Starlette
+
 from fxlm.compiler.errors import InvalidOption
 from fxlm.server.app import create_app
 from fxlm.server.errors import unavailable
 from fxlm.server.options import ServerOptions, server_options
 from fxlm.server.state import ServerState
-from starlette.applications import Starlette
 
 log = logging.getLogger("fxlm.server")
 GRACE_S = 5  # for the last bytes, after the time for running requests is up
@@ -141,9 +142,7 @@ class Server(uvicorn.Server):
         self.state.draining = True
         loop = asyncio.get_running_loop()
         error = unavailable("The server is shutting down.", "shutting_down", 10)
-        timer = loop.call_later(
-            self.options.shutdown_timeout_s, self.state.bridge.end_all, error
-        )
+        timer = loop.call_later(self.options.shutdown_timeout_s, self.state.bridge.end_all, error)
         try:
             await super().shutdown(sockets)
         finally:
@@ -210,9 +209,5 @@ def banner(model: str, url: str | None) -> str:
 
 def curl_line(model: str, url: str) -> str:
     """A request that works as it stands."""
-    body = (
-        f'{{"model": "{model}", "messages": [{{"role": "user", "content": "What is 2 + 3?"}}]}}'
-    )
-    return (
-        f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\\n  -d '{body}'"
-    )
+    body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "What is 2 + 3?"}}]}}'
+    return f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\\n  -d '{body}'"

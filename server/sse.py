@@ -11,16 +11,17 @@ from collections.abc import AsyncGenerator, Awaitable, Coroutine
 from typing import Any, TypeVar
 
 import msgspec
-from fxlm.server.errors import ApiError, as_api_error
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
+
+from fxlm.server.errors import ApiError, as_api_error
 
 T = TypeVar("T")
 log = logging.getLogger("fxlm.server")
 DONE = b"data: [DONE]\n\n"
 
 
-class ClientLeft(Exception):  # noqa: N818 - nothing is wrong on our side
+class ClientLeft(Exception):
     """The client closed its connection; there is nobody left to answer."""
 
 

@@ -5,12 +5,13 @@ Not here: anything of a single request.
 
 from dataclasses import dataclass
 
+from starlette.requests import Request
+
 from fxlm.server.bridge import Bridge
 from fxlm.server.errors import unavailable
 from fxlm.server.metrics import Metrics
 from fxlm.server.options import ServerOptions
 from fxlm.server.served import ServedModel
-from starlette.requests import Request
 
 
 @dataclass(kw_only=True, slots=True)

@@ -200,7 +200,7 @@ def train_tokenizer(seed: int = 1) -> Tokenizer:
 
 def encode_documents(tokenizer: Tokenizer, documents: list[Document]) -> list[int]:
     """One stream: each document opened by the begin and closed by the end token."""
-    bos, eos = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
+    bos, eos = SPECIAL_TOKENS.index(BOS), SPECIAL_TOKENS.index(EOS)
     stream: list[int] = []
     for encoding in tokenizer.encode_batch([d.text for d in documents], add_special_tokens=False):
         stream += [bos, *encoding.ids, eos]

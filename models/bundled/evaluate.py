@@ -75,7 +75,7 @@ def windows(loaded: Loaded, documents: Sequence[Document]) -> list[Tensor]:
     """Each document's tokens, opened and closed, cut into windows that overlap by one."""
     found = []
     for document in documents:
-        ids = loaded.tokenizer.encode(document.text, add_special_tokens=False)
+        ids = loaded.tokenizer.encode(document.text, add_special_tokens=False, verbose=False)
         whole = torch.tensor([loaded.bos, *ids, loaded.eos])
         found += [whole[start : start + WINDOW + 1] for start in range(0, len(whole) - 1, WINDOW)]
     return found

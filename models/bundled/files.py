@@ -97,7 +97,7 @@ def export(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
     """Write a model folder that `from_pretrained` reads with no code of ours."""
     folder.mkdir(parents=True, exist_ok=True)
     config = LlamaConfig(**(model.config.to_dict() | {"use_cache": True}))
-    plain = LlamaForCausalLM(config).to(torch.bfloat16)
+    plain = LlamaForCausalLM(config).bfloat16()
     weights = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items()}
     plain.load_state_dict(weights)
     plain.generation_config = GenerationConfig(

@@ -90,15 +90,15 @@ def arithmetic(rng: random.Random) -> Task:
     if sign == "*":
         a, b = rng.randrange(21), rng.randrange(13)
         a, b = (b, a) if rng.random() < 0.5 else (a, b)
-        value, wordings = a * b, _MUL
+        value, wordings = a * b, list(_MUL)
     elif sign == "+":
         a, b = _operand(rng), _operand(rng)
-        value, wordings = a + b, _ADD
+        value, wordings = a + b, list(_ADD)
     else:
         a, b = _operand(rng), _operand(rng)
         if a < b and rng.random() < 0.85:
             a, b = b, a
-        value, wordings = a - b, _SUB
+        value, wordings = a - b, list(_SUB)
     low, high = (a, b) if sign == "-" else (min(a, b), max(a, b))
     return Task(
         kind="arithmetic",

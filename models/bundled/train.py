@@ -212,7 +212,8 @@ def build(shape: Shape) -> LlamaForCausalLM:
     config = shape.config()
     config._attn_implementation = "eager"
     model: LlamaForCausalLM = LlamaForCausalLM(config)
-    return model.train()
+    model.train()
+    return model
 
 
 def logits_of(model: LlamaForCausalLM, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -294,7 +295,7 @@ class Run:
 def take_step(run: Run, loss: Loss, batch: Batch, scale: float) -> float:
     """One optimizer step at `scale` of the base rates. Returns the loss."""
     value = loss(batch)
-    value.backward()  # type: ignore[no-untyped-call]
+    value.backward()
     torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
     for stepper in run.steppers:
         for group in stepper.param_groups:

@@ -339,3 +339,32 @@ def test_the_stats_add_up() -> None:
     assert sum(stats.iteration_tokens) == stats.num_steps
     assert stats.iteration_tokens_sum == engine.worker.num_tokens  # type: ignore[attr-defined]
     assert (stats.num_running, stats.num_waiting, stats.kv_cache_usage) == (0, 0, 0.0)
+
+
+@pytest.mark.parametrize("num_blocks", [6, 7, 8, 20])
+def test_a_planned_sequence_loses_its_place_and_its_copy_when_preempted(num_blocks: int) -> None:
+    """Six forks of two requests write to shared blocks in one step, the less urgent ones first."""
+    worker = FakeWorker(spec(num_blocks=num_blocks, max_num_batched_tokens=8))
+    engine = Engine(worker, EngineConfig(check=True, policy="priority"))
+    params = SamplingParams(n=3, seed=1, max_tokens=4)
+    low = Request(
+        request_id="low", prompt_token_ids=list(range(10)), params=params, priority=1
+    )
+    high = Request(request_id="high", prompt_token_ids=[50, 51, 52], params=params)
+    engine.add_request(low)
+    engine.step()
+    engine.add_request(high)
+    news = drain(engine)
+    for item in (low, high):
+        for index in range(3):
+            assert tokens(news[item.request_id, index]) == expect(item, index)
+    assert (engine.stats().num_preemptions > 0) == (num_blocks < 20)
+
+
+def test_forks_that_waited_do_not_score_the_prompt_again() -> None:
+    engine = make(max_num_seqs=1)
+    item = request("a", 9, n=3, temperature=1.0, seed=2, prompt_logprobs=0, max_tokens=2)
+    engine.add_request(item)
+    news = drain(engine)
+    assert [tokens(news["a", i]) for i in range(3)] == [expect(item, i) for i in range(3)]
+    assert engine.worker.num_tokens == 9 + 1 + 2 * (1 + 1)  # type: ignore[attr-defined]

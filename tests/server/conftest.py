@@ -2,10 +2,12 @@
 
 import asyncio
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
+import httpx2
 import openai
 import pytest
 
@@ -17,6 +19,7 @@ from tests.server.fake import FakeEngine, served_model
 
 T = TypeVar("T")
 WAIT_S = 20.0
+PLAIN = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # nothing is encrypted; spares reading roots
 
 
 class Running:
@@ -25,6 +28,7 @@ class Running:
     def __init__(self, options: ServerOptions, **model: Any) -> None:
         self.engine = FakeEngine()
         self.app = create_app(self.engine, served_model(**model), options)
+        self.clients: list[openai.OpenAI] = []
         self.ready = threading.Event()
         self.url = ""
         self.server = Server(self.app, options, self.on_ready)
@@ -32,6 +36,7 @@ class Running:
         self.thread = threading.Thread(target=self.run, name="test-server")
         self.thread.start()
         assert self.ready.wait(WAIT_S)
+        self.http = httpx2.Client(base_url=self.url, timeout=WAIT_S, verify=PLAIN)
 
     def on_ready(self, model: str, url: str | None) -> None:
         self.url = url or ""
@@ -60,6 +65,8 @@ class Running:
         asyncio.run_coroutine_threadsafe(poll(), self.loop).result(WAIT_S)
 
     def stop(self) -> None:
+        for client in (self.http, *self.clients):
+            client.close()
         self.server.should_exit = True
         self.thread.join(WAIT_S)
         assert not self.thread.is_alive()
@@ -67,7 +74,9 @@ class Running:
     def client(self, **more: Any) -> openai.OpenAI:
         """The official client."""
         given = {"api_key": "none", "max_retries": 0, "timeout": WAIT_S} | more
-        return openai.OpenAI(base_url=f"{self.url}/v1", **given)
+        http = openai.DefaultHttpxClient(verify=PLAIN)
+        self.clients.append(openai.OpenAI(base_url=f"{self.url}/v1", http_client=http, **given))
+        return self.clients[-1]
 
 
 Starter = Callable[..., Running]
@@ -103,11 +112,16 @@ def running(shared: Running) -> Running:
     return shared
 
 
-@pytest.fixture
-def client(running: Running) -> Iterator[openai.OpenAI]:
+@pytest.fixture(scope="session")
+def client_once(shared: Running) -> openai.OpenAI:
     """The official client of the shared server."""
-    with running.client() as made:
-        yield made
+    return shared.client()
+
+
+@pytest.fixture
+def client(client_once: openai.OpenAI, running: Running) -> openai.OpenAI:
+    """The official client of the shared server, whose knobs are as new."""
+    return client_once
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:

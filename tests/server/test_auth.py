@@ -31,11 +31,12 @@ def every_route() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("method", "path"), [*every_route(), ("GET", "/nothing"), ("PUT", "/")])
 @pytest.mark.parametrize(
-    "header", [None, "secret", "Basic secret", "Bearer", "Bearer ", "Bearer secre", "Bearer \xff"]
+    "header",
+    [None, "secret", "Basic secret", "Bearer", "Bearer secret x", "Bearer secre", "Bearer \xff"],
 )
 def test_every_route_asks(guarded: Running, method: str, path: str, header: str | None) -> None:
     headers = {} if header is None else {"Authorization": header.encode("latin-1")}
-    reply = httpx2.request(method, guarded.url + path, headers=headers)
+    reply = guarded.http.request(method, path, headers=headers)
     if path in OPEN:
         assert reply.status_code == 200
         return
@@ -46,10 +47,10 @@ def test_every_route_asks(guarded: Running, method: str, path: str, header: str 
 
 
 def test_paths_that_look_open_are_not(guarded: Running) -> None:
-    for path in ("/health/", "//health", "/health/..", "/HEALTH", "/health%2f", "/x/../health"):
+    for path in ("/health/", "//health", "/HEALTH", "/health%2f", "/health;x", "/v1/models/health"):
         url = httpx2.URL(guarded.url).copy_with(raw_path=path.encode())
-        assert httpx2.get(url).status_code in (401, 404), path
-    assert httpx2.get(guarded.url + "/v1/models?path=/health").status_code == 401
+        assert guarded.http.get(url).status_code in (401, 404), path
+    assert guarded.http.get("/v1/models?path=/health").status_code == 401
 
 
 def test_both_keys(guarded: Running) -> None:
@@ -70,13 +71,13 @@ def test_both_keys(guarded: Running) -> None:
 
 def test_two_authorization_headers(guarded: Running) -> None:
     headers = [("Authorization", "Bearer secret"), ("Authorization", "Bearer secret")]
-    assert httpx2.get(f"{guarded.url}/v1/models", headers=headers).status_code == 401
+    assert guarded.http.get("/v1/models", headers=headers).status_code == 401
 
 
 def test_metrics_public(start: Starter) -> None:
     server = start(api_keys=("k",), metrics_public=True)
-    assert httpx2.get(f"{server.url}/metrics").status_code == 200
-    assert httpx2.get(f"{server.url}/v1/models").status_code == 401
+    assert server.http.get("/metrics").status_code == 200
+    assert server.http.get("/v1/models").status_code == 401
 
 
 def test_root_path(start: Starter) -> None:
@@ -91,7 +92,7 @@ def test_root_path(start: Starter) -> None:
 
 def test_no_origin_is_allowed(running: Running) -> None:
     headers = {"Origin": "https://evil.example", "Access-Control-Request-Method": "POST"}
-    reply = httpx2.options(f"{running.url}/v1/completions", headers=headers)
+    reply = running.http.options("/v1/completions", headers=headers)
     assert reply.status_code == 405
     assert "access-control-allow-origin" not in reply.headers
     reply = post(running, "/v1/completions", TEXT, Origin="https://evil.example")
@@ -106,7 +107,7 @@ def test_allowed_origin(start: Starter) -> None:
         "Access-Control-Request-Method": "POST",
         "Access-Control-Request-Headers": "authorization,content-type",
     }
-    reply = httpx2.options(f"{server.url}/v1/completions", headers=headers)
+    reply = server.http.options("/v1/completions", headers=headers)
     assert reply.status_code == 200
     assert reply.headers["access-control-allow-origin"] == "https://app.example"
     reply = post(server, "/v1/completions", TEXT, Origin="https://app.example")

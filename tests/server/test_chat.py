@@ -92,9 +92,7 @@ def test_n(client: openai.OpenAI, stream: bool) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("included", [False, True])
-def test_stop_string(
-    client: openai.OpenAI, running: Running, stream: bool, included: bool
-) -> None:
+def test_stop_string(client: openai.OpenAI, running: Running, stream: bool, included: bool) -> None:
     """Neither form shows a piece of the stop string; the engine is told to stop that one."""
     reply = client.chat.completions.create(
         model="fake",
@@ -155,9 +153,7 @@ def test_logprobs(client: openai.OpenAI, stream: bool) -> None:
 
 
 def test_logprobs_without_top(client: openai.OpenAI) -> None:
-    reply = client.chat.completions.create(
-        model="fake", messages=ASK, logprobs=True, max_tokens=1
-    )
+    reply = client.chat.completions.create(model="fake", messages=ASK, logprobs=True, max_tokens=1)
     assert reply.choices[0].logprobs.content[0].top_logprobs == []
 
 
@@ -252,9 +248,7 @@ def test_fifty_clients_at_once(running: Running) -> None:
         if number % 2:
             reply = await client.chat.completions.create(model="fake", messages=messages)
             return str(reply.choices[0].message.content)
-        stream = await client.chat.completions.create(
-            model="fake", messages=messages, stream=True
-        )
+        stream = await client.chat.completions.create(model="fake", messages=messages, stream=True)
         return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
 
     async def everyone() -> list[str]:

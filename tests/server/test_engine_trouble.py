@@ -1,5 +1,6 @@
 """Clients that leave, engines that fail or die, queues that are full, servers that stop."""
 
+import socket
 import threading
 
 import httpx2
@@ -21,8 +22,6 @@ def leave_early(server: Running, body: dict[str, object]) -> None:
         f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(data)}\r\n\r\n"
     )
-    import socket
-
     with socket.create_connection((host, int(port)), timeout=WAIT_S) as connection:
         connection.sendall(head.encode() + data)
         server.wait(lambda: len(server.engine.requests) == 1)
@@ -37,7 +36,7 @@ def test_disconnect_aborts(running: Running, stream: bool) -> None:
     assert running.engine.aborted == [(running.engine.requests[0].request_id, -1)]
     bridge = running.app.state.fxlm.bridge
     running.wait(lambda: bridge.num_live == 0)
-    assert 'finished_reason="abort"' in httpx2.get(f"{running.url}/metrics").text
+    assert 'finished_reason="abort"' in running.http.get("/metrics").text
 
 
 def test_disconnect_before_the_first_token(running: Running) -> None:
@@ -69,15 +68,15 @@ def test_engine_death(start: Starter) -> None:
     client = server.client()
     stream = client.chat.completions.create(model="fake", messages=ASK, stream=True)
     assert next(iter(stream)).choices[0].delta.role == "assistant"
-    assert httpx2.get(f"{server.url}/health").status_code == 200
+    assert server.http.get("/health").status_code == 200
     server.call(lambda: server.engine.die("out of luck"))
     with pytest.raises(openai.APIError, match="out of luck"):
         list(stream)
     reply = post(server, "/v1/completions", TEXT)
     assert "out of luck" in check(reply, 503, None, "engine_dead")
     assert reply.headers["retry-after"] == "10"
-    assert "out of luck" in check(httpx2.get(f"{server.url}/health"), 503, None, "unhealthy")
-    assert httpx2.get(f"{server.url}/metrics").status_code == 200
+    assert "out of luck" in check(server.http.get("/health"), 503, None, "unhealthy")
+    assert server.http.get("/metrics").status_code == 200
 
 
 def test_engine_death_before_the_first_token(start: Starter) -> None:
@@ -125,12 +124,12 @@ def test_full_queue(start: Starter) -> None:
     assert "3 completions run or wait and 3 are allowed" in check(reply, 503, None, "queue_full")
     assert reply.headers["retry-after"] == "1"
     assert post(server, "/v1/completions", TEXT | {"stream": True}).status_code == 503
-    assert "vllm:admission_rejections_total" in httpx2.get(f"{server.url}/metrics").text
+    assert "vllm:admission_rejections_total" in server.http.get("/metrics").text
     streams[0].close()
     server.wait(lambda: bool(server.engine.aborted))
     server.engine.hold = False
     assert post(server, "/v1/completions", TEXT).status_code == 200
-    assert httpx2.get(f"{server.url}/health").status_code == 200
+    assert server.http.get("/health").status_code == 200
 
 
 def test_drain_waits_for_running_requests(start: Starter) -> None:
@@ -142,7 +141,7 @@ def test_drain_waits_for_running_requests(start: Starter) -> None:
     server.server.should_exit = True
     server.wait(lambda: server.app.state.fxlm.draining)
     with pytest.raises(httpx2.TransportError):
-        httpx2.post(f"{server.url}/v1/completions", json=TEXT)
+        server.http.post("/v1/completions", json=TEXT)
     server.call(lambda: setattr(server.engine, "hold", False))
     assert list(events)[-1].choices[0].finish_reason == "stop"
     server.stop()
@@ -164,7 +163,7 @@ def test_draining_refuses_on_open_connections(running: Running) -> None:
     state.draining = True
     try:
         check(post(running, "/v1/completions", TEXT), 503, None, "shutting_down")
-        check(httpx2.get(f"{running.url}/health"), 503, None, "unhealthy")
+        check(running.http.get("/health"), 503, None, "unhealthy")
     finally:
         state.draining = False
 

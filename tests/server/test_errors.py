@@ -1,6 +1,7 @@
 """Every refusal: its status, the field it names, OpenAI's shape."""
 
 import json
+import socket
 from typing import Any
 
 import httpx2
@@ -8,7 +9,7 @@ import openai
 import pytest
 
 from fxlm.server.limits import Limits
-from tests.server.conftest import Running, Starter
+from tests.server.conftest import WAIT_S, Running, Starter
 from tests.server.fake import PlainTemplate
 
 CHAT = {"model": "fake", "messages": [{"role": "user", "content": "hi"}]}
@@ -18,7 +19,7 @@ JSON = {"Content-Type": "application/json"}
 
 def post(server: Running, path: str, body: Any, **headers: str) -> httpx2.Response:
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return httpx2.post(f"{server.url}{path}", content=data, headers=JSON | headers)
+    return server.http.post(path, content=data, headers=JSON | headers)
 
 
 def check(reply: httpx2.Response, status: int, param: str | None, code: str | None = None) -> str:
@@ -242,8 +243,8 @@ def test_models(client: openai.OpenAI) -> None:
 
 def test_unknown_route_and_method(running: Running) -> None:
     for path in ("/", "/v1", "/v1/nothing", "/health/", "/v1/completions/", "//health"):
-        check(httpx2.get(running.url + path), 404, None, "unknown_url")
-    reply = httpx2.get(f"{running.url}/v1/completions")
+        check(running.http.get(path), 404, None, "unknown_url")
+    reply = running.http.get("/v1/completions")
     check(reply, 405, None, "method_not_allowed")
     assert reply.headers["allow"] == "POST"
     check(post(running, "/health", {}), 405, None, "method_not_allowed")
@@ -254,8 +255,8 @@ def test_body_size(running: Running, client: openai.OpenAI) -> None:
     with pytest.raises(openai.APIStatusError) as caught:
         client.completions.create(model="fake", prompt="x" * (1 << 20))
     assert caught.value.status_code == 413
-    reply = httpx2.post(
-        f"{running.url}/v1/completions",
+    reply = running.http.post(
+        "/v1/completions",
         content=(b"x" * 65536 for _ in range(17)),
         headers=JSON,
     )
@@ -264,20 +265,26 @@ def test_body_size(running: Running, client: openai.OpenAI) -> None:
 
 
 def test_slow_body(start: Starter) -> None:
-    server = start(limits=Limits(body_seconds=0.0))
-    check(post(server, "/v1/completions", TEXT), 408, None, "request_timeout")
+    """A body that stops on its way is not waited for forever."""
+    server = start(limits=Limits(body_seconds=0.01))
+    host, port = server.url.removeprefix("http://").split(":")
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\n"
+        "Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+    )
+    with socket.create_connection((host, int(port)), timeout=WAIT_S) as connection:
+        connection.sendall(head.encode())
+        assert connection.recv(4096).startswith(b"HTTP/1.1 408 ")
 
 
 def test_header_size(running: Running) -> None:
-    reply = httpx2.get(f"{running.url}/health", headers={"x": "y" * (1 << 17)})
-    assert reply.status_code == 400
+    headers = {f"x-{number}": "y" * 1000 for number in range(70)}
+    check(running.http.get("/health", headers=headers), 431, None, "headers_too_large")
 
 
 def test_content_type(running: Running) -> None:
     for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
-        reply = httpx2.post(
-            f"{running.url}/v1/completions", content=b"{}", headers={"Content-Type": kind}
-        )
+        reply = running.http.post("/v1/completions", content=b"{}", headers={"Content-Type": kind})
         check(reply, 415, None, "unsupported_media_type")
     kind = "application/json; charset=utf-8"
     reply = post(running, "/v1/completions", TEXT, **{"Content-Type": kind})
@@ -292,7 +299,7 @@ def test_no_template(start: Starter) -> None:
 def test_request_id(running: Running) -> None:
     reply = post(running, "/v1/completions", TEXT, **{"X-Request-Id": "mine-1"})
     assert reply.headers.get_list("x-request-id") == ["mine-1"]
-    for bad in ("", "x" * 200, "\xe9"):
+    for bad in ("", "x" * 200, "a\tb"):
         reply = post(running, "/v1/completions", TEXT, **{"X-Request-Id": bad})
         assert len(reply.headers["x-request-id"]) == 32
     assert len(post(running, "/v1/completions", b"").headers["x-request-id"]) == 32

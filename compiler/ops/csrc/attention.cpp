@@ -135,7 +135,8 @@ inline vf load_steps(const T* row, int width) {  // the next W steps of a row, z
   }
 }
 
-// rows[kKeys] of `width` elements -> packed[step][kKeys]; steps are rounded up to W.
+// rows[kKeys] of `width` elements -> packed[step][kKeys]; steps are rounded up to W. The next
+// kKeys rows are prefetched: blocks lie anywhere, and the hardware does not follow.
 template <class B, class T>
 void pack_keys(const T* const* rows, int width, void* packed) {
   float* out = static_cast<float*>(packed);
@@ -143,6 +144,8 @@ void pack_keys(const T* const* rows, int width, void* packed) {
     for (int step = 0; step * B::per_step < width; step += W) {
       const int column = step * B::per_step;
       vf block[W];
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) __builtin_prefetch(rows[first + i + kKeys] + column);
 #pragma GCC unroll 16
       for (int i = 0; i < W; ++i) block[i] = load_steps<B>(rows[first + i] + column, width - column);
       transpose(block);
@@ -202,6 +205,7 @@ class Worker {
       product_rows(queries_, steps_, B{static_cast<const typename B::A*>(packed_)}, steps_, kKeys,
                    scores_ + key, kSplit, int(tile_.rows));
     }
+    prefetch_values(begin_);
     for (int m = 0; m < tile_.rows; ++m) softmax(m, base, first, last, out + m * ld_);
     mix_values(out);
   }
@@ -260,24 +264,33 @@ class Worker {
     }
   }
 
-  // Where each key and value of the split lies. Positions that no row sees stand for a seen one:
-  // their blocks may be gone, and what they hold is masked.
+  // Where each key and value of the split lies, and the keys that come next, to be prefetched.
+  // Positions that no row sees stand for a seen one: their blocks may be gone, and what they
+  // hold is masked.
   void find_rows(int64_t base) {
     const int32_t* table = args_.block_table + tile_.sequence * args_.table_stride;
     const T* keys = static_cast<const T*>(args_.k_cache);
     const T* values = static_cast<const T*>(args_.v_cache);
-    const int last = int(round_up(end_, kKeys));
-    int64_t block = -1, row = 0;
-    for (int i = begin_ / kKeys * kKeys; i < last; ++i) {
-      const int64_t seen = base + std::min(std::max(i, begin_), end_ - 1);
-      if (seen / args_.block_size != block) {
-        block = seen / args_.block_size;
-        row = (table[block] * args_.kv_heads + tile_.head) * args_.block_size;
+    const int known = int(std::min<int64_t>(tile_.high - base, kSplit + kKeys));
+    int64_t block = (base + begin_) / args_.block_size;
+    int64_t offset = base + begin_ - block * args_.block_size;
+    for (int i = begin_; i < known; ++block, offset = 0) {
+      const int64_t row = (table[block] * args_.kv_heads + tile_.head) * args_.block_size + offset;
+      const int stop = int(std::min<int64_t>(known, i + args_.block_size - offset));
+      for (int64_t j = 0; i < stop; ++i, ++j) {
+        key_rows_[i] = keys + (row + j) * args_.dk;
+        value_rows_[i] = values + (row + j) * args_.dv;
       }
-      const int64_t at = row + seen - block * args_.block_size;
-      key_rows_[i] = keys + at * args_.dk;
-      value_rows_[i] = values + at * args_.dv;
     }
+    for (int i = begin_ / kKeys * kKeys; i < begin_; ++i) key_rows_[i] = key_rows_[begin_];
+    for (int i = known; i < kSplit + kKeys; ++i) key_rows_[i] = key_rows_[known - 1];
+  }
+
+  void prefetch_values(int first) {
+    const int last = std::min(end_, first + kValues), bytes = int(args_.dv * sizeof(T));
+    for (int i = first; i < last; ++i)
+      for (int at = 0; at < bytes; at += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(value_rows_[i]) + at);
   }
 
   // Scores of row m over [first, last) -> weights in place; maximum and sum into the header.
@@ -321,6 +334,7 @@ class Worker {
     // Steps start at fixed positions, so that the order of sums does not depend on the tile.
     for (int i = begin_; i < end_; i += kValues) {
       const int count = std::min(kValues, end_ - i);
+      prefetch_values(i + kValues);
       if (packs_values_) {
         const float* lines[kValues];
         for (int j = 0; j < count; ++j) lines[j] = pack_value(value_rows_[i + j], j);
@@ -388,8 +402,8 @@ class Worker {
   float *scores_, *partial_, *total_, *packed_values_;
   void* packed_;
   typename B::A* queries_;
-  const T* key_rows_[kSplit];
-  const T* value_rows_[kSplit];
+  const T* key_rows_[kSplit + kKeys];
+  const T* value_rows_[kSplit + kKeys];
 };
 
 // ---- planning ---------------------------------------------------------------------------------

@@ -75,7 +75,13 @@ inline float to_float(F16 x) {
 }
 
 inline vf load(const Bf16* p) {
+#if defined(__AVX512F__)  // GCC's own conversion goes through halves
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#elif defined(__AVX2__)
+  return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+#else
   return bit_cast<vf>(__builtin_convertvector(bits_load<vh>(p), vu) << 16);
+#endif
 }
 inline vf load(const F16* p) {
 #if defined(__AVX512F__)

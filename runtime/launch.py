@@ -1,0 +1,171 @@
+"""Launch: what the commands do, and what an engine process starts from.
+
+Here: `compile`, `plan` and `check` as commands, the specification of an engine for the
+server, and the factory in the engine process. Everything that a person reads of them is
+printed here. Importing this file imports no torch: the server's process stays light.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fxlm.runtime.options import EngineOptions, from_mapping
+
+if TYPE_CHECKING:
+    from fxlm.runtime.compile import Compilation
+    from fxlm.runtime.engine import Engine
+
+FACTORY = "fxlm.runtime.launch:make_engine"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineSpec:
+    """What the server needs to start an engine and to speak its language.
+
+    Attributes:
+        factory: ``module:function`` called in the engine process.
+        kwargs: its plain keyword arguments.
+        name: of the model as the user wrote it.
+        directory: holds config, tokenizer, template and generation defaults.
+        tokenizer: directory of the tokenizer (usually the same).
+    """
+
+    factory: str
+    kwargs: dict[str, Any]
+    name: str
+    directory: Path
+    tokenizer: Path
+
+
+def engine_options(args: argparse.Namespace) -> EngineOptions:
+    """The engine's part of parsed flags; flags not given keep their defaults."""
+    names = {f.name for f in fields(EngineOptions)}
+    return from_mapping({k: v for k, v in vars(args).items() if k in names})
+
+
+def prepare(args: argparse.Namespace) -> EngineSpec:
+    """Resolve the model (downloading a hub id) and describe its engine.
+
+    Compiling is left to the engine process, which reports its progress there.
+    """
+    from fxlm.models.checkpoint import resolve
+
+    options = engine_options(args)
+    directory = resolve(options.model, options.revision, options.trust_remote_code)
+    tokenizer = getattr(args, "tokenizer", None)
+    return EngineSpec(
+        factory=FACTORY,
+        kwargs=options.as_json(),
+        name=options.model,
+        directory=directory,
+        tokenizer=resolve(tokenizer) if tokenizer else directory,
+    )
+
+
+def make_engine(**values: Any) -> Engine:
+    """Factory for the engine process: options as plain values, progress on standard error."""
+    from fxlm.runtime.worker import build_engine, set_threads
+
+    options = from_mapping(values)
+    started = time.perf_counter()
+    threads, why = set_threads(options.threads)
+    _say(f"threads {threads} ({why})")
+    engine, plan, compilation = build_engine(options, _report)
+    _say(f"artifact {'found' if compilation.cached else 'compiled'}: {compilation.artifact.path}")
+    for line in plan.lines():
+        _say(line)
+    _say(f"engine ready after {time.perf_counter() - started:.1f} s")
+    return engine
+
+
+def compile_command(args: argparse.Namespace) -> int:
+    """``fxlm compile``: stages with their seconds, then where the artifact is."""
+    started = time.perf_counter()
+    output = Path(args.output) if getattr(args, "output", None) else None
+    result = _compile(engine_options(args), output)
+    artifact = result.artifact
+    for line in artifact.manifest["passes"]:
+        print(f"  pass {line['name']:<18}{line['rewrites']:>5} rewrites "
+              f"{line['nodes_before']:>6} -> {line['nodes_after']} nodes")  # fmt: skip
+    seconds = time.perf_counter() - started
+    how = "already compiled, nothing to do" if result.cached else "compiled"
+    regions = artifact.manifest["regions"]
+    calls = len(artifact.manifest["calls"])
+    print(f"{how}: {len(regions)} regions called {calls} times a step, "
+          f"{artifact.nbytes / 2**20:.1f} MiB, {seconds:.1f} s")  # fmt: skip
+    print(artifact.path)
+    return 0
+
+
+def _compile(options: EngineOptions, output: Path | None = None) -> Compilation:
+    from fxlm.models.checkpoint import open_checkpoint
+    from fxlm.runtime.compile import cache_directory, compile_model
+    from fxlm.runtime.options import compile_options
+
+    checkpoint = open_checkpoint(options.model, options.revision, options.trust_remote_code)
+    return compile_model(
+        checkpoint, compile_options(options), output=output,
+        cache_dir=cache_directory(options.cache_dir), report=_report,
+    )  # fmt: skip
+
+
+def plan_command(args: argparse.Namespace) -> int:
+    """``fxlm plan``: what the model needs and what fits, before anything is loaded."""
+    from dataclasses import replace
+
+    from fxlm.models.checkpoint import open_checkpoint
+    from fxlm.runtime.compile import stored_dtype
+    from fxlm.runtime.memory import plan_memory
+    from fxlm.runtime.options import resolve_device
+    from fxlm.runtime.worker import set_threads
+
+    options = engine_options(args)
+    # The graph is enough to plan from; nothing is compiled and no weight is read.
+    artifact = _compile(replace(options, enforce_eager=True)).artifact
+    plan = plan_memory(artifact, options)
+    device, why_device = resolve_device(options.device)
+    stored = stored_dtype(open_checkpoint(options.model, options.revision,
+                                          options.trust_remote_code))  # fmt: skip
+    dtype = artifact.manifest["model"]["dtype"]
+    threads, why_threads = set_threads(options.threads)
+    for name, value, why in (
+        ("device", device, why_device),
+        ("dtype", dtype, "asked for" if options.dtype != "auto" else f"checkpoint: {stored}"),
+        ("threads", str(threads), why_threads),
+    ):
+        print(f"{name:<26}{value:>18}   {why}")
+    print("\n".join(plan.lines()))
+    return 0
+
+
+def check_command(args: argparse.Namespace) -> int:
+    """``fxlm check``: tokens and log-probabilities against transformers; 1 if they differ."""
+    from fxlm.runtime.check import check_logprobs, check_tokens
+
+    options = engine_options(args)
+    tokens = check_tokens(options)
+    print(f"greedy tokens in float32: {tokens.num_equal} of {len(tokens.ours)} prompts equal "
+          "to transformers' generate")  # fmt: skip
+    for index, (ours, theirs) in enumerate(zip(tokens.ours, tokens.theirs, strict=True)):
+        if ours != theirs:
+            print(f"  prompt {index}: ours {ours}\n            theirs {theirs}")
+    if not tokens.equal:
+        print(f"  smallest logit margin where they part: {tokens.margin:.3g}")
+    scores = check_logprobs(options)
+    verdict = "within" if scores.within else "BEYOND"
+    print(f"log-probabilities in {scores.dtype} against float32: largest error {scores.ours:.4f}, "
+          f"transformers' own {scores.theirs:.4f}; {verdict} tolerance")  # fmt: skip
+    return 0 if tokens.equal and scores.within else 1
+
+
+def _report(stage: str, seconds: float) -> None:
+    _say(f"{stage:<22}{seconds:6.1f} s")
+
+
+def _say(text: str) -> None:
+    print(f"fxlm: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,63 @@
+"""graph_json: what is written is what runs, and nothing else can be named."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from fxlm.compiler import graph_json
+from fxlm.compiler.errors import ArtifactError
+from torch import fx
+
+aten = torch.ops.aten
+
+
+def graph() -> fx.Graph:
+    made = fx.Graph()
+    x, y = made.placeholder("x"), made.placeholder("y")
+    both = made.call_function(aten.cat.default, ([x, y], 0))
+    size = made.call_function(aten.sym_size.int, (both, 0))
+    half = made.call_function(aten.to.dtype, (both, torch.float64))
+    low = made.call_function(aten.clamp.default, (half, float("-inf"), 2.0))
+    flat = made.call_function(aten.view.default, (low, [size, -1]))
+    made.output((flat, size))
+    return made
+
+
+def run(lines: Any, **inputs: torch.Tensor) -> list[Any]:
+    return graph_json.Runner(json.loads(json.dumps(lines))).run(inputs)
+
+
+def test_runs_as_written() -> None:
+    x, y = torch.randn(2, 3), torch.randn(4, 3)
+    out, size = run(graph_json.dump(graph()), x=x, y=y)
+    assert size == 6
+    torch.testing.assert_close(out, torch.cat([x, y]).double().clamp(max=2.0))
+
+
+def test_inputs_are_read_when_first_needed_and_dropped_after() -> None:
+    order: list[str] = []
+
+    def read(name: str) -> torch.Tensor:
+        order.append(name)
+        return torch.ones(1, 1)
+
+    alive: list[int] = []
+    graph_json.Runner(graph_json.dump(graph())).run(read, watch=lambda v: alive.append(len(v)))
+    assert order == ["x", "y"]
+    assert max(alive) == 3  # two inputs and their concatenation; never all seven values
+
+
+@pytest.mark.parametrize("op", ["os.system.default", "aten.nothing.default", "builtins.eval", "eval"])
+def test_unknown_ops_are_refused(op: str) -> None:
+    with pytest.raises(ArtifactError, match="which this build does not have"):
+        graph_json.Runner([["in", "x"], ["op", "y", op, [{"node": "x"}], {}], ["out", []]])
+
+
+def test_unknown_values_are_refused() -> None:
+    with pytest.raises(ArtifactError, match="nowhere made"):
+        graph_json.Runner([["out", [{"node": "ghost"}]]])
+    with pytest.raises(ArtifactError, match="unknown value"):
+        graph_json.Runner([["out", [{"torch": "load"}]]])
