@@ -5,8 +5,8 @@
 Each model type runs in a process of its own with a time and a memory limit. Stages: built
 (on meta, with a binding of every tensor), captured (``torch.export``, T dynamic), attention
 (ops in the graph), logits (two ragged sequences in one step equal Hugging Face's eager logits
-of each alone, fp32), tokens (``fxlm check``: compiled greedy tokens equal ``generate``). The
-first stage that fails gives the reason. Written: JSON, and the table with totals.
+of each alone, fp32), tokens (the engine's greedy tokens equal ``generate``), compiled (they do
+when compiled). The first stage that fails gives the reason. Written: JSON, and the table.
 """
 
 from __future__ import annotations
@@ -25,17 +25,20 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-STAGES = ("built", "captured", "attention", "logits", "tokens")
+STAGES = ("built", "captured", "attention", "logits", "tokens", "compiled")
 MEMORY_BYTES = 12 << 30
 TOLERANCE = 1e-3  # of the largest logit, fp32
 
 
-def evaluate(checkpoint_dir: Path, *, compiled: bool = False) -> dict[str, Any]:
+def evaluate(
+    checkpoint_dir: Path, *, check: bool = False, compiled: bool = False
+) -> dict[str, Any]:
     """Take one checkpoint through the stages.
 
     Args:
         checkpoint_dir: as ``save_pretrained`` writes it, fp32.
-        compiled: run ``fxlm check`` too (seconds to a minute a model).
+        check: serve it too, on the references (seconds a model).
+        compiled: and compiled (seconds to a minute a model).
 
     Returns:
         A key a stage (True, or absent from the first that failed on), ``reason`` ('' if none
@@ -44,8 +47,8 @@ def evaluate(checkpoint_dir: Path, *, compiled: bool = False) -> dict[str, Any]:
     result: dict[str, Any] = {"reason": ""}
     try:
         _evaluate(Path(checkpoint_dir), result)
-        if compiled:
-            _check(checkpoint_dir, result)
+        if check and result.get("attention"):
+            _check(Path(checkpoint_dir), result, compiled)
     except Exception as error:  # the reason is the result
         result["reason"] = _reason(error)
         if os.environ.get("FXLM_COVERAGE_TRACE"):
@@ -73,9 +76,9 @@ def _evaluate(path: Path, result: dict[str, Any]) -> None:
     binding = bind(checkpoint, model)
     result["built"] = True
     weights = binding.convert({name: checkpoint.read(name) for name in binding.names})
-    exported = _capture(model)
+    program = _capture(model)
     result["captured"] = True
-    nodes = [n for n in exported.graph.nodes if str(n.target) == "fxlm.attention.default"]
+    nodes = [n for n in program.graph.nodes if str(n.target) == "fxlm.attention.default"]
     result["num_attention"] = len(nodes)
     if not nodes:
         result["reason"] = (
@@ -83,24 +86,32 @@ def _evaluate(path: Path, result: dict[str, Any]) -> None:
         )
         return
     result["attention"] = True
-    result["reason"] = _compare(path, exported, weights)
+    result["reason"] = _compare(path, program, weights)
     result["logits"] = not result["reason"]
 
 
 def _capture(model: Any) -> Any:
     import torch
 
-    from fxlm.compiler.capture import _export, _fake_parameters, _Logits
-    from fxlm.compiler.program import new_fake_mode
+    from fxlm.compiler.capture import capture
+    from fxlm.compiler.program import Facts
+    from fxlm.models.facts import facts
 
-    mode = new_fake_mode()
-    _fake_parameters(model, mode, torch.device("cpu"))
-    with mode:
-        ids, positions = (torch.zeros(1, 7, dtype=torch.long) for _ in range(2))
-    return _export(_Logits(model), ids, positions)
+    found = facts(model)
+    return capture(
+        model,
+        Facts(
+            model_type=found.model_type,
+            vocab_size=found.vocab_size,
+            max_position_embeddings=found.max_position_embeddings,
+            num_layers=found.num_layers,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+        ),
+    )
 
 
-def _runner(exported: Any, weights: dict[str, Any]) -> Any:
+def _runner(program: Any, weights: dict[str, Any]) -> Any:
     """A function (ids [T], lengths) -> logits [T, V] that runs the captured graph eagerly."""
     import torch
 
@@ -113,30 +124,26 @@ def _runner(exported: Any, weights: dict[str, Any]) -> Any:
             parts = zip(*(x.split(self.lengths, 2) for x in args[:3]), strict=True)
             return torch.cat([target(*part, *args[3:], **kwargs) for part in parts], 1)
 
-    interpreter = Ragged(exported.graph_module)
+    interpreter = Ragged(program.module)
+    names = [node.name for node in program.graph.nodes if node.op == "placeholder"]
 
     def run(ids: Any, lengths: tuple[int, ...]) -> Any:
         positions = torch.cat([torch.arange(n) for n in lengths])
-        steps = {"input_ids": ids[None], "position_ids": positions[None]}
-        inputs = []
-        for spec in exported.graph_signature.input_specs:
-            source = (spec.target or spec.arg.name).removeprefix("model_under_capture.")
-            kind = spec.kind.name
-            if kind == "USER_INPUT":
-                inputs.append(steps[spec.arg.name])
-            elif kind == "PARAMETER":
-                inputs.append(weights[source])
-            else:
-                table = exported.constants if spec.target in exported.constants else None
-                inputs.append((table or exported.state_dict)[spec.target])
+        tables = {
+            "step": {"input_ids": ids[None], "position_ids": positions[None]},
+            "weight": weights,
+            "constant": program.constants,
+        }
+        inputs = [program.inputs[name] for name in names]
         interpreter.lengths = lengths
         with torch.no_grad():
-            return interpreter.run(*inputs)[0][0]
+            out = interpreter.run(*(tables[i.role][i.source] for i in inputs))
+        return (out[0] if isinstance(out, (tuple, list)) else out)[0]
 
     return run
 
 
-def _compare(path: Path, exported: Any, weights: dict[str, Any]) -> str:
+def _compare(path: Path, program: Any, weights: dict[str, Any]) -> str:
     """Compare logits with Hugging Face; returns what is wrong, '' if nothing."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -151,7 +158,7 @@ def _compare(path: Path, exported: Any, weights: dict[str, Any]) -> str:
         expected = [
             model(input_ids=part[None], use_cache=False).logits[0] for part in ids.split(lengths)
         ]
-    run = _runner(exported, weights)
+    run = _runner(program, weights)
     alone = _error(run(ids[: lengths[0]], lengths[:1]), expected[0])
     if alone > TOLERANCE:
         return f"logits of one sequence differ from eager by {alone:.1e} of the largest"
@@ -167,17 +174,18 @@ def _error(got: Any, want: Any) -> float:
     return float((got.float() - want.float()).abs().max() / want.float().abs().max())
 
 
-def _check(path: Path, result: dict[str, Any]) -> None:
-    """Hook of ``fxlm check``: compile, serve, compare greedy tokens with ``generate``."""
-    from fxlm.runtime.check import check_model
+def _check(path: Path, result: dict[str, Any], compiled: bool) -> None:
+    """The engine's greedy tokens against ``generate``, then those of the compiled engine."""
+    from fxlm.runtime.check import evaluate as check
 
-    report = check_model(str(path))
-    result["tokens"] = bool(report.tokens_equal)
-    if not result["tokens"] and not result["reason"]:
-        result["reason"] = str(report.reason)
+    row = check(path, compiled=compiled)
+    failed = str(row["reason"])
+    result["tokens"] = bool(row["captured"]) and not failed.startswith("captured")
+    result["compiled"] = bool(row["compiled"]) and bool(row["tokens_equal"])
+    result["reason"] = result["reason"] or failed
 
 
-def _child(model_type: str, folder: str, out: str, compiled: bool) -> None:
+def _child(model_type: str, folder: str, out: str, how: dict[str, bool]) -> None:
     """Body of the forked process: write the checkpoint, evaluate it, write JSON."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     with open(os.devnull, "w") as null:
@@ -188,7 +196,7 @@ def _child(model_type: str, folder: str, out: str, compiled: bool) -> None:
 
     try:
         write_checkpoint(model_type, folder)
-        result = evaluate(Path(folder), compiled=compiled)
+        result = evaluate(Path(folder), **how)
     except BaseException as error:
         result = {"reason": f"no tiny checkpoint: {_reason(error)}"}
         if os.environ.get("FXLM_COVERAGE_TRACE"):
@@ -196,13 +204,13 @@ def _child(model_type: str, folder: str, out: str, compiled: bool) -> None:
     Path(out).write_text(json.dumps(result))
 
 
-def run_one(model_type: str, seconds: float, compiled: bool) -> dict[str, Any]:
+def run_one(model_type: str, seconds: float, how: dict[str, bool]) -> dict[str, Any]:
     """Evaluate one type in a forked process under its limits."""
     started = time.monotonic()
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         out = f"{folder}/result.json"
-        process = context.Process(target=_child, args=(model_type, f"{folder}/m", out, compiled))
+        process = context.Process(target=_child, args=(model_type, f"{folder}/m", out, how))
         process.start()
         process.join(seconds)
         if process.is_alive():
@@ -259,7 +267,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         f"| attention | attends through fxlm's op | {counts['attention']} |",
         f"| logits | the graph's fp32 logits equal eager's, two sequences in a step | "
         f"{counts['logits']} |",
-        f"| tokens | compiled greedy tokens equal `generate` | {counts['tokens']} |",
+        f"| tokens | the engine's greedy tokens equal `generate` | {counts['tokens']} |",
+        f"| compiled | and so do those of the compiled engine | {counts['compiled']} |",
         "",
         "| model type | " + " | ".join(STAGES) + " | why not |",
         "|---|" + "---|" * (len(STAGES) + 1),
@@ -278,7 +287,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", help="model types, comma separated")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--seconds", type=float, default=300, help="limit for each model")
-    parser.add_argument("--compiled", action="store_true", help="run `fxlm check` too")
+    parser.add_argument("--check", action="store_true", help="serve each model on references")
+    parser.add_argument("--compiled", action="store_true", help="and compiled; implies --check")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args(argv)
@@ -287,8 +297,10 @@ def main(argv: list[str] | None = None) -> int:
 
     types = options.only.split(",") if options.only else model_types()
 
+    how = {"check": options.check or options.compiled, "compiled": options.compiled}
+
     def one(model_type: str) -> dict[str, Any]:
-        row = run_one(model_type, options.seconds, options.compiled)
+        row = run_one(model_type, options.seconds, how)
         done = next((s for s in reversed(STAGES) if row.get(s)), "-")
         print(f"{model_type:32} {done:10} {row['seconds']:6} s  {row['reason'][:150]}", flush=True)
         return row

@@ -79,7 +79,9 @@ def _export(module: nn.Module, ids: torch.Tensor, positions: torch.Tensor) -> An
     shapes = {"input_ids": {1: tokens}, "position_ids": {1: tokens}}
     try:
         with torch.no_grad():
-            return torch.export.export(module, (ids, positions), dynamic_shapes=shapes, strict=False)
+            return torch.export.export(
+                module, (ids, positions), dynamic_shapes=shapes, strict=False
+            )
     except UnsupportedModel:
         raise
     except Exception as error:  # whatever model code raises while traced is the model's fault

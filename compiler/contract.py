@@ -78,9 +78,11 @@ def _problem(program: Program, node: fx.Node, law: Law) -> str:
     if not _known(node.target):
         return f"node {node.name} calls {node.target}, which is neither an op nor arithmetic"
     name = str(node.target)
-    return f"{name} must not stand here" if name.startswith(law.forbidden) and any(
-        name.startswith(f + ".") for f in law.forbidden
-    ) else ""
+    return (
+        f"{name} must not stand here"
+        if name.startswith(law.forbidden) and any(name.startswith(f + ".") for f in law.forbidden)
+        else ""
+    )
 
 
 def _known(target: object) -> bool:

@@ -169,7 +169,9 @@ class Runner:
         ((kind, content),) = value.items()
         if kind == "node":
             if content not in self._place:
-                raise ArtifactError(f"a graph of the artifact uses {content!r}, which is nowhere made")
+                raise ArtifactError(
+                    f"a graph of the artifact uses {content!r}, which is nowhere made"
+                )
             return _Value(self._place[content])
         return _decode_plain(kind, content)
 

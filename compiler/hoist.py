@@ -73,7 +73,9 @@ def _hoistable(node: fx.Node) -> bool:
     if not isinstance(target, torch._ops.OpOverload) or target in _KEEP_IN_STEP:
         return False
     random = torch.Tag.nondeterministic_seeded in target.tags
-    return isinstance(node.meta["val"], torch.Tensor) and not random and not target._schema.is_mutable
+    return (
+        isinstance(node.meta["val"], torch.Tensor) and not random and not target._schema.is_mutable
+    )
 
 
 def _step_graph(

@@ -103,7 +103,9 @@ def _cpu_features() -> str:
 
 def _compiler_version() -> str:
     try:
-        run = subprocess.run(["g++", "-dumpfullversion"], capture_output=True, text=True, check=True)
+        run = subprocess.run(
+            ["g++", "-dumpfullversion"], capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return ""
     return f"g++ {run.stdout.strip()}"

@@ -107,6 +107,7 @@ def _construct(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     except Exception as error:  # whatever the model's own code raises is the model's fault
         raise UnsupportedModel(f"{kind} does not build: {type(error).__name__}: {error}") from error
     model.tie_weights()
+    compat.initialize_buffers(model)
     return model
 
 
@@ -120,13 +121,17 @@ def _modeling(config_module: str) -> Any:
 
 
 def _keep_float32(model: Any, dtype: torch.dtype) -> None:
-    """Give the parameters that the model keeps in float32 that dtype, as from_pretrained does."""
+    """Give what the model keeps in float32 that dtype, as from_pretrained does."""
     patterns = compat.keep_in_fp32(model, dtype)
     if not patterns:
         return
     wanted = re.compile("|".join(f"({p.replace('*', '.*')})" for p in patterns))
-    for name, parameter in list(model.named_parameters()):
-        if parameter.is_floating_point() and wanted.search(name):
-            owner, _, leaf = name.rpartition(".")
-            module = model.get_submodule(owner)
-            module._parameters[leaf] = nn.Parameter(parameter.float(), requires_grad=False)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not tensor.is_floating_point() or not wanted.search(name):
+            continue
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if leaf in module._buffers:
+            module._buffers[leaf] = tensor.float()
+        else:
+            module._parameters[leaf] = nn.Parameter(tensor.float(), requires_grad=False)

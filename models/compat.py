@@ -58,6 +58,23 @@ def meta_parameters() -> Iterator[None]:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
 
 
+def initialize_buffers(model: Any) -> None:
+    """Compute buffers once more, as ``from_pretrained`` does after its dtype context is over.
+
+    Within that context a table computed in the default dtype is rounded to bfloat16, outside
+    of it is not; the values of ``from_pretrained`` are the true ones.
+    """
+    from transformers import PreTrainedModel
+
+    owners = {name: m for name, m in model.named_modules() if isinstance(m, PreTrainedModel)}
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if not any(buffer is not None for buffer in module._buffers.values()):
+                continue
+            inside = [o for o in owners if o in ("", name) or name.startswith(f"{o}.")]
+            owners[max(inside, key=len)]._init_weights(module)
+
+
 def keep_in_fp32(model: Any, dtype: torch.dtype) -> list[str]:
     """Patterns of the parameters that the model wants in float32 whatever its dtype."""
     plan: dict[str, torch.dtype] = model._get_dtype_plan(dtype)

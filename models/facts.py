@@ -19,6 +19,7 @@ _SPELLINGS: dict[str, tuple[str, ...]] = {
     "hidden_size": ("hidden_size", "n_embd", "d_model", "n_embed", "dim"),
     "num_attention_heads": (
         "num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads",
+        "attention_heads",
     ),
     "num_kv_heads": ("num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num"),
     "max_position_embeddings": (

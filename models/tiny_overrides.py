@@ -32,6 +32,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "rembert": {"is_decoder": True, "input_embedding_size": 32, "output_embedding_size": 32},
     "reformer": {"is_decoder": True},
     "gemma3n_text": {"num_hidden_layers": 5, "num_kv_shared_layers": 2},
-    "cohere_compass_text": {},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+        "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 96, "moe_top_k": 2},
+    },
+    "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
     "deepseek_v2": {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 2},
 }  # fmt: skip

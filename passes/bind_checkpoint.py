@@ -61,4 +61,3 @@ def _cast(program: Program, value: fx.Node, parameter: fx.Node) -> fx.Node:
     anchor = value if value.op == "call_function" else program.placeholders()[-1]
     with program.graph.inserting_after(anchor):
         return program.call(torch.ops.aten.to.dtype, value, want.dtype, like=parameter)
-

@@ -75,7 +75,9 @@ class LogprobCheck:
         return self.ours <= max(TIMES_REFERENCE * self.theirs, FLOOR)
 
 
-def prompts(vocab_size: int, context: int, lengths: Sequence[int] = PROMPT_LENGTHS) -> list[list[int]]:
+def prompts(
+    vocab_size: int, context: int, lengths: Sequence[int] = PROMPT_LENGTHS
+) -> list[list[int]]:
     """Fixed pseudo-random prompts of these lengths, ids from 3 up (below are special ones)."""
     generator = torch.Generator().manual_seed(1234)
     low = min(3, vocab_size - 1)
@@ -109,7 +111,9 @@ def check_logprobs(options: EngineOptions, dtype: str = "bfloat16") -> LogprobCh
     """Compare log-probabilities of prompt tokens in ``dtype`` with float32."""
     checkpoint = open_checkpoint(options.model, options.revision, options.trust_remote_code)
     engine, _, _ = build_engine(replace(options, dtype=dtype))
-    given = [p for p in prompts(engine.spec.vocab_size, engine.spec.max_model_len - 1) if len(p) > 1]
+    given = [
+        p for p in prompts(engine.spec.vocab_size, engine.spec.max_model_len - 1) if len(p) > 1
+    ]
     score = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, ignore_eos=True)
     outputs = run(engine, [_request(i, p, score) for i, p in enumerate(given)])
     ours = []
@@ -121,7 +125,9 @@ def check_logprobs(options: EngineOptions, dtype: str = "bfloat16") -> LogprobCh
     return LogprobCheck(dtype=dtype, ours=_largest(ours, exact), theirs=_largest(rounded, exact))
 
 
-def generate(engine: Engine, given: Sequence[Sequence[int]], params: SamplingParams) -> list[list[int]]:
+def generate(
+    engine: Engine, given: Sequence[Sequence[int]], params: SamplingParams
+) -> list[list[int]]:
     """Tokens for each prompt, all submitted at once."""
     outputs = run(engine, [_request(i, p, params) for i, p in enumerate(given)])
     return [[t for o in outputs[str(i)] for t in o.token_ids] for i in range(len(given))]

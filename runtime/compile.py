@@ -166,9 +166,7 @@ class _Compiler:
                 _copy_model_files(self.checkpoint.path, work / "model")
                 artifacts.write_manifest(work, self.manifest(program, cut, plan))
         artifact = artifacts.open_artifact(path)
-        return Compilation(
-            artifact=artifact, cached=False, seconds=self.seconds, program=program
-        )
+        return Compilation(artifact=artifact, cached=False, seconds=self.seconds, program=program)
 
     def program(self) -> Program:
         """Capture and run the column."""

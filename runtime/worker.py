@@ -45,7 +45,9 @@ class ModelWorker:
         """Sizes of the worker."""
         return self._spec
 
-    def _allocate(self, artifact: Artifact, spec: WorkerSpec) -> dict[tuple[str, int], torch.Tensor]:
+    def _allocate(
+        self, artifact: Artifact, spec: WorkerSpec
+    ) -> dict[tuple[str, int], torch.Tensor]:
         caches = {}
         for layer, cache in enumerate(artifact.caches()):
             for name, dim in (("k", cache.key_dim), ("v", cache.value_dim)):
@@ -107,7 +109,5 @@ def build_engine(
     worker = ModelWorker(compilation.artifact, checkpoint.read, plan.spec)
     if report is not None:
         report("load weights", time.perf_counter() - started)
-    config = EngineConfig(
-        enable_prefix_caching=options.enable_prefix_caching, seed=options.seed
-    )
+    config = EngineConfig(enable_prefix_caching=options.enable_prefix_caching, seed=options.seed)
     return Engine(worker, config), plan, compilation

@@ -13,6 +13,7 @@ from fxlm.models.build import build_model
 from fxlm.models.tiny import tiny_config
 
 VOCAB = 256
+IDS = [3, 17, 99, 4, 5, 200, 17]
 
 
 def tiny_model(model_type: str = "llama", **overrides: Any) -> torch.nn.Module:
@@ -43,7 +44,7 @@ def weights_of(shape_key: tuple[tuple[str, tuple[int, ...]], ...]) -> dict[str, 
     }
 
 
-def run_dense(program: Program, ids: list[int]) -> torch.Tensor:
+def run_dense(program: Program, ids: list[int], **inputs: torch.Tensor) -> torch.Tensor:
     """Interpret a program that has no paged attention yet; logits [1, T, V]."""
     key = tuple(
         (program.inputs[n.name].source, tuple(int(s) for s in n.meta["val"].shape))
@@ -59,7 +60,9 @@ def run_dense(program: Program, ids: list[int]) -> torch.Tensor:
             args.append(program.constants[spec.source])
         elif spec.source == "input_ids":
             args.append(torch.tensor([ids]))
-        else:
+        elif spec.source == "position_ids":
             args.append(torch.arange(len(ids))[None])
+        else:
+            args.append(inputs[spec.source])
     (logits,) = torch.fx.Interpreter(program.module).run(*args)
     return logits

@@ -36,10 +36,16 @@ _log = logging.getLogger(__name__)
 SOURCES = Path(__file__).parent / "csrc"
 LIBRARY = "fxlm_ops.so"
 REFERENCE = "reference"
-COMMON = (
-    "-std=c++17 -fPIC -fopenmp-simd -fvisibility=hidden -fno-math-errno -fno-trapping-math "
-    "-Wno-psabi -DTORCH_TARGET_VERSION=0x020b000000000000"
-).split()
+COMMON = [
+    "-std=c++17",
+    "-fPIC",
+    "-fopenmp-simd",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wno-psabi",
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",
+]
 # File -> its own flags. bindings.cpp is torch headers above all: optimizing it costs time alone.
 UNITS = {
     "attention.cpp": ("-O3",),

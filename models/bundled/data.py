@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from fxlm.models.bundled.tasks import training_tasks
+from fxlm.models.bundled.tasks import COPYING_WEIGHTS, WEIGHTS, training_tasks
 
 BOS, EOS, PAD = "<|begin|>", "<|end|>", "<|pad|>"
 SYSTEM, USER, ASSISTANT, TOOL = "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>"
@@ -135,15 +135,18 @@ class Segment:
     learned: bool
 
 
-def conversations(seed: int, longest: int = 3) -> Iterator[list[Segment]]:
-    """Conversations of one to `longest` turns, spelled as the template does."""
+def conversations(seed: int, *, copying: bool = False) -> Iterator[list[Segment]]:
+    """Conversations of one to three turns, spelled as the template does.
+
+    `copying` gives one turn each, mostly of the kinds that copy.
+    """
     rng = random.Random(seed)
-    tasks = training_tasks(seed)
+    tasks = training_tasks(seed, COPYING_WEIGHTS if copying else WEIGHTS)
     while True:
         system = system_prompt(rng)
         head = BOS + (f"{SYSTEM}{system}{EOS}" if system else "")
         segments: list[Segment] = []
-        for _ in range(rng.randint(1, longest)):
+        for _ in range(1 if copying else rng.randint(1, 3)):
             task = next(tasks)
             segments.append(
                 Segment(text=f"{head}{USER}{task.prompt}{EOS}{ASSISTANT}", learned=False)
@@ -208,7 +211,7 @@ def encode_documents(tokenizer: Tokenizer, documents: list[Document]) -> list[in
 
 
 def packed_chat(
-    tokenizer: Tokenizer, seed: int, length: int
+    tokenizer: Tokenizer, *, seed: int, length: int, copying: bool
 ) -> Iterator[tuple[list[int], list[bool]]]:
     """Rows of `length` + 1 tokens with, for each token, whether it is learned.
 
@@ -217,7 +220,7 @@ def packed_chat(
     """
     ids: list[int] = []
     learned: list[bool] = []
-    for segments in conversations(seed):
+    for segments in conversations(seed, copying=copying):
         texts = [segment.text for segment in segments]
         for segment, encoding in zip(
             segments, tokenizer.encode_batch(texts, add_special_tokens=False), strict=True

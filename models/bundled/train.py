@@ -92,9 +92,15 @@ class Plan:
     batch_tokens: int = 4096
     length: int = 256
     warmup_steps: int = 100
+    copying_until: float = 0.4
     decay_from: float = 0.7
     long_from: float = 0.93
     long_length: int = 1024
+
+    def kind(self, share: float) -> tuple[int, bool]:
+        """The row length, and whether the chat rows mostly copy, at this share."""
+        length = self.long_length if share >= self.long_from else self.length
+        return length, share < self.copying_until
 
 
 @dataclass(slots=True, kw_only=True)
@@ -117,9 +123,13 @@ class Progress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """tokens [rows, length]; the learned positions, their targets and weights [learned]."""
+    """tokens and their positions in their document [rows, length].
+
+    And of the learned tokens their flat positions, targets and weights [learned].
+    """
 
     tokens: Tensor
+    position_ids: Tensor
     positions: Tensor
     targets: Tensor
     weights: Tensor
@@ -137,14 +147,22 @@ def rate_scale(share: float, step: int, plan: Plan) -> float:
 # --- batches --------------------------------------------------------------------
 
 
+def positions_in_document(tokens: Tensor) -> Tensor:
+    """Counts from the last begin token; transformers masks across a fall in them."""
+    places = torch.arange(tokens.shape[1]).expand_as(tokens)
+    starts = torch.where(tokens == SPECIAL_TOKENS.index(BOS), places, 0)
+    return places - starts.cummax(1).values
+
+
 class Batches:
     """Batches of one row length: half text rows, half chat rows, fixed sizes."""
 
     def __init__(
-        self, tokenizer: Tokenizer, stream: Tensor, *, rows: int, length: int, seed: int
+        self, corpora: Corpora, *, rows: int, length: int, copying: bool, seed: int
     ) -> None:
-        self.stream, self.rows, self.length = stream, rows, length
-        self.chat = packed_chat(tokenizer, seed, length)
+        self.stream, self.rows, self.length = corpora.stream, rows, length
+        self.kind = (length, copying)
+        self.chat = packed_chat(corpora.tokenizer, seed=seed, length=length, copying=copying)
         self.generator = torch.Generator().manual_seed(seed)
         # Fixed, so that the compiled step sees one shape; 40 % of a chat row is learned.
         self.num_learned = (rows - rows // 2) * length + int(0.5 * (rows // 2) * length)
@@ -171,6 +189,7 @@ class Batches:
         weights = torch.cat([weights, weights.new_zeros(short)])
         return Batch(
             tokens=tokens[:, :-1].contiguous(),
+            position_ids=positions_in_document(tokens[:, :-1]),
             positions=positions,
             targets=tokens[:, 1:].reshape(-1)[positions],
             weights=weights / weights.sum(),
@@ -184,9 +203,6 @@ class Corpora:
     tokenizer: Tokenizer
     stream: Tensor
     held_out: Tensor
-
-    def batches(self, *, rows: int, length: int, seed: int) -> Batches:
-        return Batches(self.tokenizer, self.stream, rows=rows, length=length, seed=seed)
 
 
 def load_corpora(tokenizer: Tokenizer) -> Corpora:
@@ -216,34 +232,31 @@ def build(shape: Shape) -> LlamaForCausalLM:
     return model
 
 
-def logits_of(model: LlamaForCausalLM, tokens: Tensor, positions: Tensor) -> Tensor:
-    """Logits [learned, vocab] at the flat `positions` alone."""
-    hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state
-    logits: Tensor = model.lm_head(hidden.reshape(-1, hidden.shape[-1])[positions])
+def logits_of(model: LlamaForCausalLM, batch: Batch) -> Tensor:
+    """Logits [learned, vocab] at the learned positions alone."""
+    hidden = model.model(
+        input_ids=batch.tokens, position_ids=batch.position_ids, use_cache=False
+    ).last_hidden_state
+    logits: Tensor = model.lm_head(hidden.reshape(-1, hidden.shape[-1])[batch.positions])
     return logits.float()
 
 
 def loss_function(model: LlamaForCausalLM, teacher: LlamaForCausalLM | None) -> Loss:
     """The compiled loss: cross-entropy, averaged with KL to a teacher if any."""
 
-    def loss(tokens: Tensor, positions: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    def loss(batch: Batch) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
-            logits = logits_of(model, tokens, positions)
-        hard = (cross_entropy(logits, targets, reduction="none") * weights).sum()
+            logits = logits_of(model, batch)
+        hard = (cross_entropy(logits, batch.targets, reduction="none") * batch.weights).sum()
         if teacher is None:
             return hard
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            wanted = log_softmax(logits_of(teacher, tokens, positions), -1)
+            wanted = log_softmax(logits_of(teacher, batch), -1)
         soft = kl_div(log_softmax(logits, -1), wanted, reduction="none", log_target=True).sum(-1)
-        return 0.3 * hard + 0.7 * (soft * weights).sum()
+        return 0.3 * hard + 0.7 * (soft * batch.weights).sum()
 
-    compiled = torch.compile(loss, dynamic=False)
-
-    def of_batch(batch: Batch) -> Tensor:
-        value: Tensor = compiled(batch.tokens, batch.positions, batch.targets, batch.weights)
-        return value
-
-    return of_batch
+    compiled: Loss = torch.compile(loss, dynamic=False)
+    return compiled
 
 
 def optimizers(model: LlamaForCausalLM, shape: Shape) -> list[torch.optim.Optimizer]:
@@ -328,10 +341,10 @@ def train(run: Run, plan: Plan, corpora: Corpora, loss: Loss, work: Path) -> Non
     progress = run.progress
     batches: Batches | None = None
     while (share := progress.share(plan)) < 1.0:
-        length = plan.long_length if share >= plan.long_from else plan.length
-        if batches is None or batches.length != length:
-            rows, seed = plan.batch_tokens // length, 1000 + progress.step
-            batches = corpora.batches(rows=rows, length=length, seed=seed)
+        kind = plan.kind(share)
+        if batches is None or batches.kind != kind:
+            rows, seed = plan.batch_tokens // kind[0], 1000 + progress.step
+            batches = Batches(corpora, rows=rows, length=kind[0], copying=kind[1], seed=seed)
         started = time.monotonic()
         value = take_step(run, loss, next(batches), rate_scale(share, progress.step, plan))
         progress.active_s += min(LONGEST_STEP_S, time.monotonic() - started)

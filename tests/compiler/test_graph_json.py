@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import fx
+
 from fxlm.compiler import graph_json
 from fxlm.compiler.errors import ArtifactError
-from torch import fx
 
 aten = torch.ops.aten
 
@@ -50,7 +51,9 @@ def test_inputs_are_read_when_first_needed_and_dropped_after() -> None:
     assert max(alive) == 3  # two inputs and their concatenation; never all seven values
 
 
-@pytest.mark.parametrize("op", ["os.system.default", "aten.nothing.default", "builtins.eval", "eval"])
+@pytest.mark.parametrize(
+    "op", ["os.system.default", "aten.nothing.default", "builtins.eval", "eval"]
+)
 def test_unknown_ops_are_refused(op: str) -> None:
     with pytest.raises(ArtifactError, match="which this build does not have"):
         graph_json.Runner([["in", "x"], ["op", "y", op, [{"node": "x"}], {}], ["out", []]])

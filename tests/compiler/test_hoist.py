@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from fxlm.compiler import pipeline
 from fxlm.compiler.hoist import hoist
 from fxlm.passes.cleanup import cleanup
@@ -10,7 +11,6 @@ from fxlm.passes.fuse_qkv import fuse_qkv
 from fxlm.passes.last_tokens import last_tokens
 from fxlm.passes.paged_attention import paged_attention
 from fxlm.passes.sample import sample
-
 from tests.programs import captured
 
 COLUMN = [cleanup, fuse_qkv, paged_attention, last_tokens, sample]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from fxlm.compiler import pipeline
 from fxlm.compiler.hoist import hoist
 from fxlm.compiler.outline import Outline, outline
@@ -11,7 +12,6 @@ from fxlm.passes.cleanup import cleanup
 from fxlm.passes.last_tokens import last_tokens
 from fxlm.passes.paged_attention import paged_attention
 from fxlm.passes.sample import sample
-
 from tests.programs import captured
 
 

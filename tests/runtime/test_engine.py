@@ -97,8 +97,9 @@ def test_salts_and_the_switch_keep_prefixes_apart() -> None:
         assert drain(engine)[name, 0][0].num_cached_tokens == 0
 
 
-def test_preemption_changes_nothing_but_the_count() -> None:
-    engine = make(num_blocks=12, max_model_len=40)
+@pytest.mark.parametrize("caching", [True, False])
+def test_preemption_changes_nothing_but_the_count(caching: bool) -> None:
+    engine = make(num_blocks=12, max_model_len=40, caching=caching)
     wanted = [request(str(i), [i] * 6, max_tokens=30) for i in range(4)]
     for item in wanted:
         engine.add_request(item)

@@ -36,7 +36,7 @@ def test_help_is_light(argv: list[str]) -> None:
 
 def test_the_server_needs_no_torch() -> None:
     """Everything that the process of the API imports."""
-    imports = "import fxlm.server.app, fxlm.server.serve"
+    imports = "import fxlm.server.app, fxlm.server.serve, fxlm.server.engine, fxlm.runtime.launch"
     modules, _ = modules_after(imports)
     assert "starlette" in modules
     assert not modules & {"torch", "transformers"}

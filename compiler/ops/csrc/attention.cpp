@@ -34,11 +34,31 @@ constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * t
 
 // ---- register-tiled products: C[m][n] += sum_k A[m][k] B[k][n] ---------------------------------
 
+// Blocks of the cache lie anywhere, so that the hardware cannot tell what comes next. Each B
+// prefetches in its inner loop, a little a step, what will be read after it: memory and arithmetic
+// then overlap. `quiet` is the same B without, for all passes but the first.
+
+// The rows of keys that are packed next, while a product over the present ones runs.
+struct NextKeys {
+  const char* const* rows;  // kKeys of them, or null
+  int bytes_per_step;
+  void prefetch(int step) const {
+    const int steps_per_line = 64 / bytes_per_step, count = kKeys / steps_per_line;
+    const char* const* from = rows + step % steps_per_line * count;
+    for (int i = 0; i < count; ++i) __builtin_prefetch(from[i] + step / steps_per_line * 64);
+  }
+};
+
 // B packed as kKeys columns of floats.
 struct Floats {
   using A = float;
   static constexpr int per_step = 1;
   const float* base;
+  NextKeys next;
+  Floats quiet() const { return {base, {}}; }
+  void prefetch(int k, int column, int) const {
+    if (next.rows != nullptr && column == 0) next.prefetch(k);
+  }
   vf operator()(int k, int column) const { return load(base + int64_t(k) * kKeys + column); }
   static vf fma(vf sum, float a, vf b) { return a * b + sum; }
 };
@@ -49,6 +69,11 @@ struct Pairs {
   using A = uint32_t;
   static constexpr int per_step = 2;
   const uint32_t* base;
+  NextKeys next;
+  Pairs quiet() const { return {base, {}}; }
+  void prefetch(int k, int column, int) const {
+    if (next.rows != nullptr && column == 0) next.prefetch(k);
+  }
   vf operator()(int k, int column) const {
     return bits_load<vf>(base + int64_t(k) * kKeys + column);
   }
@@ -58,11 +83,18 @@ struct Pairs {
 };
 #endif
 
-// B as one pointer a row.
+// B as one pointer a row; `ahead` rows further on are prefetched (0: none).
 template <class T>
 struct Rows {
   using A = float;
   const T* const* rows;
+  int ahead;
+  Rows quiet() const { return {rows, 0}; }
+  void prefetch(int k, int column, int width) const {
+    if (ahead == 0) return;
+    const T* from = rows[k + ahead] + column;
+    for (int at = 0; at < width; at += 64 / int(sizeof(T))) __builtin_prefetch(from + at);
+  }
   vf operator()(int k, int column) const { return load(rows[k] + column); }
   static vf fma(vf sum, float a, vf b) { return a * b + sum; }
 };
@@ -77,6 +109,7 @@ inline __attribute__((always_inline)) void product(const typename B::A* a, int l
     for (int n = 0; n < N; ++n) sum[m][n] = load(c + m * ldc + column + n * W);
 #pragma GCC unroll 1
   for (int k = 0; k < steps; ++k) {
+    b.prefetch(k, column, N * W);
     vf line[N];
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) line[n] = b(k, column + n * W);
@@ -104,20 +137,21 @@ void product_columns(const typename B::A* a, int lda, const B& b, int steps, int
 
 // `columns` is a multiple of W.
 template <class B>
-void product_rows(const typename B::A* a, int lda, const B& b, int steps, int columns, float* c,
-                  int ldc, int rows) {
-  int m = 0;
-  for (; m + 6 <= rows; m += 6)
-    product_columns<6>(a + m * lda, lda, b, steps, columns, c + m * ldc, ldc);
-  if (m + 4 <= rows) {
-    product_columns<4>(a + m * lda, lda, b, steps, columns, c + m * ldc, ldc);
-    m += 4;
-  }
-  if (m + 2 <= rows) {
-    product_columns<2>(a + m * lda, lda, b, steps, columns, c + m * ldc, ldc);
-    m += 2;
-  }
-  if (m < rows) product_columns<1>(a + m * lda, lda, b, steps, columns, c + m * ldc, ldc);
+void product_rows(const typename B::A* a, int lda, const B& first, int steps, int columns,
+                  float* c, int ldc, int rows) {
+  B b = first;
+  auto take = [&](auto size) {
+    constexpr int M = decltype(size)::value;
+    product_columns<M>(a, lda, b, steps, columns, c, ldc);
+    a += M * lda;
+    c += M * ldc;
+    rows -= M;
+    b = first.quiet();
+  };
+  while (rows >= 6) take(std::integral_constant<int, 6>{});
+  if (rows >= 4) take(std::integral_constant<int, 4>{});
+  if (rows >= 2) take(std::integral_constant<int, 2>{});
+  if (rows >= 1) take(std::integral_constant<int, 1>{});
 }
 
 // ---- packing ----------------------------------------------------------------------------------
@@ -135,8 +169,7 @@ inline vf load_steps(const T* row, int width) {  // the next W steps of a row, z
   }
 }
 
-// rows[kKeys] of `width` elements -> packed[step][kKeys]; steps are rounded up to W. The next
-// kKeys rows are prefetched: blocks lie anywhere, and the hardware does not follow.
+// rows[kKeys] of `width` elements -> packed[step][kKeys]; steps are rounded up to W.
 template <class B, class T>
 void pack_keys(const T* const* rows, int width, void* packed) {
   float* out = static_cast<float*>(packed);
@@ -144,8 +177,6 @@ void pack_keys(const T* const* rows, int width, void* packed) {
     for (int step = 0; step * B::per_step < width; step += W) {
       const int column = step * B::per_step;
       vf block[W];
-#pragma GCC unroll 16
-      for (int i = 0; i < W; ++i) __builtin_prefetch(rows[first + i + kKeys] + column);
 #pragma GCC unroll 16
       for (int i = 0; i < W; ++i) block[i] = load_steps<B>(rows[first + i] + column, width - column);
       transpose(block);
@@ -202,8 +233,10 @@ class Worker {
       pack_keys<B>(key_rows_ + key, int(args_.dk), packed_);
       for (int m = 0; m < tile_.rows; ++m)
         std::memset(scores_ + m * kSplit + key, 0, kKeys * sizeof(float));
-      product_rows(queries_, steps_, B{static_cast<const typename B::A*>(packed_)}, steps_, kKeys,
-                   scores_ + key, kSplit, int(tile_.rows));
+      const NextKeys next{reinterpret_cast<const char* const*>(key_rows_ + key + kKeys),
+                          B::per_step * int(sizeof(T))};
+      product_rows(queries_, steps_, B{static_cast<const typename B::A*>(packed_), next}, steps_,
+                   kKeys, scores_ + key, kSplit, int(tile_.rows));
     }
     prefetch_values(begin_);
     for (int m = 0; m < tile_.rows; ++m) softmax(m, base, first, last, out + m * ld_);
@@ -283,7 +316,10 @@ class Worker {
       }
     }
     for (int i = begin_ / kKeys * kKeys; i < begin_; ++i) key_rows_[i] = key_rows_[begin_];
-    for (int i = known; i < kSplit + kKeys; ++i) key_rows_[i] = key_rows_[known - 1];
+    for (int i = known; i < kSplit + kKeys; ++i) {
+      key_rows_[i] = key_rows_[known - 1];
+      value_rows_[i] = value_rows_[known - 1];
+    }
   }
 
   void prefetch_values(int first) {
@@ -334,15 +370,15 @@ class Worker {
     // Steps start at fixed positions, so that the order of sums does not depend on the tile.
     for (int i = begin_; i < end_; i += kValues) {
       const int count = std::min(kValues, end_ - i);
-      prefetch_values(i + kValues);
       if (packs_values_) {
+        prefetch_values(i + kValues);
         const float* lines[kValues];
         for (int j = 0; j < count; ++j) lines[j] = pack_value(value_rows_[i + j], j);
-        product_rows(scores_ + i, kSplit, Rows<float>{lines}, count, width_, out + kHeader, ld_,
+        product_rows(scores_ + i, kSplit, Rows<float>{lines, 0}, count, width_, out + kHeader, ld_,
                      int(tile_.rows));
       } else {
-        product_rows(scores_ + i, kSplit, Rows<T>{value_rows_ + i}, count, width_, out + kHeader,
-                     ld_, int(tile_.rows));
+        product_rows(scores_ + i, kSplit, Rows<T>{value_rows_ + i, kValues}, count, width_,
+                     out + kHeader, ld_, int(tile_.rows));
       }
     }
   }

@@ -1,0 +1,133 @@
+"""Prefill and decode speed of one model in process, against the machine's measured limits.
+
+    python bench/offline.py [MODEL] [--batch 1 8 32] [--prompt 512] [--tokens 32]
+
+Prefill: tokens/s of one prompt, and the share of the measured matmul rate. Decode: tokens/s of
+a batch of sequences, the bytes one step must read (weights once, the cache of each sequence)
+and their share of the measured read bandwidth. Medians over the steps; probes before and
+after, so that a bad spell of the machine shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from common import matmul_rate_tflops, print_table, read_bandwidth_gbs, write_results
+from fxlm.runtime.engine import Engine
+from fxlm.runtime.options import EngineOptions
+from fxlm.runtime.request import Request
+from fxlm.runtime.sampling_params import SamplingParams
+from fxlm.runtime.worker import build_engine
+
+
+def main() -> None:
+    """Parse the command line, measure, print, write."""
+    options = _parse()
+    engine, plan, compilation = build_engine(_engine_options(options))
+    weights = compilation.artifact.weights()
+    matmul = sum(s.shape[0] * s.shape[1] for s in weights.values() if len(s.shape) == 2)
+    before = read_bandwidth_gbs()
+    rate = matmul_rate_tflops(getattr(torch, compilation.artifact.manifest["model"]["dtype"]))
+    rows = [_prefill(engine, options.prompt, options.repeats, 2 * matmul, rate)]
+    for batch in options.batch:
+        row = _decode(engine, batch, options.prompt_decode, options.tokens)
+        context = options.prompt_decode + options.tokens // 2
+        moved = plan.weights_bytes + batch * context * plan.kv_bytes_per_token
+        row["read_gb"] = moved / 1e9
+        row["share_of_bandwidth"] = moved / 1e9 / row["step_s"] / before  # type: ignore[operator]
+        rows.append(row)
+    after = read_bandwidth_gbs()
+    print_table([r for r in rows if r["what"] == "prefill"], title=f"{options.model}: prefill")
+    print_table([r for r in rows if r["what"] == "decode"], title=f"{options.model}: decode")
+    print(
+        f"\nread bandwidth {before:.1f} GB/s before, {after:.1f} after; matmul {rate:.2f} TFLOP/s"
+    )
+    results = {
+        "rows": rows, "read_bandwidth_gbs": [before, after], "matmul_tflops": rate,
+        "weights_bytes": plan.weights_bytes, "kv_bytes_per_token": plan.kv_bytes_per_token,
+    }  # fmt: skip
+    path = write_results(
+        options.name, results, options={k: str(v) for k, v in vars(options).items() if k != "output"},
+        output=options.output,
+    )  # fmt: skip
+    print(path)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", nargs="?", default="bundled")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--prompt", type=int, default=512, help="tokens of the prefill")
+    parser.add_argument("--prompt-decode", type=int, default=256, help="tokens before decoding")
+    parser.add_argument("--tokens", type=int, default=32, help="tokens decoded per sequence")
+    parser.add_argument("--repeats", type=int, default=5, help="prefills")
+    parser.add_argument("--enforce-eager", action="store_true")
+    parser.add_argument("--name", default="offline", help="of the result file")
+    parser.add_argument("--output", type=Path)
+    return parser.parse_args()
+
+
+def _engine_options(options: argparse.Namespace) -> EngineOptions:
+    return EngineOptions(
+        model=options.model, dtype=options.dtype, enforce_eager=options.enforce_eager,
+        enable_prefix_caching=False, max_num_seqs=max(options.batch), seed=0,
+        max_num_batched_tokens=max(512, max(options.batch)),
+        max_model_len=max(options.prompt, options.prompt_decode + options.tokens) + 16,
+    )  # fmt: skip
+
+
+def _prefill(
+    engine: Engine, length: int, repeats: int, flops: int, rate: float
+) -> dict[str, object]:
+    seconds = []
+    for _ in range(repeats + 1):  # the first warms up
+        _submit(engine, 1, length, 1)
+        started = time.perf_counter()
+        _finish(engine)
+        seconds.append(time.perf_counter() - started)
+    median = statistics.median(seconds[1:])
+    return {
+        "what": "prefill", "batch": 1, "tokens": length, "tokens_per_s": length / median,
+        "step_s": median, "share_of_matmul": flops * length / median / 1e12 / rate,
+    }  # fmt: skip
+
+
+def _decode(engine: Engine, batch: int, prompt: int, tokens: int) -> dict[str, object]:
+    _submit(engine, batch, prompt, tokens + 1)
+    made = 0
+    while made < batch:  # every sequence has its first token
+        made += sum(len(o.token_ids) for o in engine.step())
+    seconds = []
+    while engine.has_unfinished():
+        started = time.perf_counter()
+        count = sum(len(o.token_ids) for o in engine.step())
+        if count == batch:
+            seconds.append(time.perf_counter() - started)
+    median = statistics.median(seconds)
+    return {
+        "what": "decode", "batch": batch, "context": prompt, "tokens_per_s": batch / median,
+        "step_s": median, "steps": len(seconds),
+    }  # fmt: skip
+
+
+def _submit(engine: Engine, count: int, prompt: int, tokens: int) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
+    generator = torch.Generator().manual_seed(count)
+    for index in range(count):
+        ids = torch.randint(3, engine.spec.vocab_size, (prompt,), generator=generator).tolist()
+        engine.add_request(Request(request_id=str(index), prompt_token_ids=ids, params=params))
+
+
+def _finish(engine: Engine) -> None:
+    while engine.has_unfinished():
+        engine.step()
+
+
+if __name__ == "__main__":
+    main()
