@@ -51,10 +51,8 @@ def main() -> None:
         "rows": rows, "read_bandwidth_gbs": [before, after], "matmul_tflops": rate,
         "weights_bytes": plan.weights_bytes, "kv_bytes_per_token": plan.kv_bytes_per_token,
     }  # fmt: skip
-    path = write_results(
-        options.name, results, options={k: str(v) for k, v in vars(options).items() if k != "output"},
-        output=options.output,
-    )  # fmt: skip
+    chosen = {k: str(v) for k, v in vars(options).items() if k != "output"}
+    path = write_results(options.name, results, options=chosen, output=options.output)
     print(path)
 
 

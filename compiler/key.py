@@ -22,6 +22,7 @@ from fxlm.compiler.options import CompileOptions
 from fxlm.compiler.pipeline import GraphPass
 
 ROOMS = ("compiler", "passes", "models")
+EXTENSIONS = ("avx", "amx", "sse", "fma", "asimd", "sve", "bf16")  # of instruction sets
 
 
 def factors(
@@ -94,8 +95,7 @@ def _cpu_features() -> str:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith(("flags", "Features")):
                 words = sorted(line.split(":")[1].split())
-                return " ".join(w for w in words if w.startswith(("avx", "amx", "sse", "fma",
-                                                                   "asimd", "sve", "bf16")))  # fmt: skip
+                return " ".join(w for w in words if w.startswith(EXTENSIONS))
     except OSError:
         pass
     return platform.processor()

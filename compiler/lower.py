@@ -28,14 +28,14 @@ def lower(region: Region, path: Path, options: dict[str, Any] | None = None) -> 
         UnsupportedModel: Inductor cannot compile the region; carries its message.
     """
     from torch._inductor import aot_compile
-    from torch._inductor.package import package_aoti
+    from torch._inductor.package.package import package_aoti
 
     module = fx.GraphModule(nn.Module(), region.graph)
     values = tuple(n.meta["val"] for n in region.graph.nodes if n.op == "placeholder")
     settings = {**default_options(), **(options or {})}
     with tempfile.TemporaryDirectory(dir=path.parent) as work, _quiet():
         try:
-            files = aot_compile(module, values, options=settings)
+            files: Any = aot_compile(module, values, options=settings)
         except Exception as error:  # Inductor raises whatever its stages raise
             first = str(error).strip().splitlines()[0] if str(error) else ""
             raise UnsupportedModel(

@@ -70,7 +70,7 @@ def outline(step: fx.Graph) -> Outline:
             name = _name(rank, last, [r.name for r in regions.values()])
             regions[digest] = Region(name=name, graph=graph, digest=digest)
         calls.append(Call(region=regions[digest].name, inputs=inputs, outputs=outputs))
-    results = [n.name for n in next(iter(reversed(step.nodes))).args[0]]  # type: ignore[union-attr]
+    results = [n.name for n in next(iter(reversed(step.nodes))).args[0]]
     return Outline(regions=list(regions.values()), calls=calls, results=results)
 
 
@@ -217,16 +217,18 @@ class _Builder:
         """A size: read off an input of this region where one has it, else computed anew."""
         value = node.meta["val"]
         for outer in self.taken:
-            shape = outer.meta["val"].shape
-            for dim, extent in enumerate(shape):
-                if isinstance(extent, torch.SymInt) and isinstance(value, torch.SymInt):
-                    if extent.node.expr == value.node.expr:
-                        size = self.graph.call_function(
-                            torch.ops.aten.sym_size.int, (self.copies[outer], dim)
-                        )
-                        size.meta["val"] = value
-                        return size
+            for dim, extent in enumerate(outer.meta["val"].shape):
+                if _same_size(extent, value):
+                    source = (self.copies[outer], dim)
+                    size = self.graph.call_function(torch.ops.aten.sym_size.int, source)
+                    size.meta["val"] = value
+                    return size
         return self.graph.node_copy(node, self.resolve)
+
+
+def _same_size(left: object, right: object) -> bool:
+    both = isinstance(left, torch.SymInt) and isinstance(right, torch.SymInt)
+    return both and bool(left.node.expr == right.node.expr)  # type: ignore[attr-defined]
 
 
 def _place_inputs_first(graph: fx.Graph) -> None:

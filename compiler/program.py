@@ -124,7 +124,7 @@ class Program:
         node.meta["stack_trace"] = like.meta.get("stack_trace")
         with self.fake_mode:
             values = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-            node.meta["val"] = target(*values[0], **values[1])  # type: ignore[index]
+            node.meta["val"] = target(*values[0], **values[1])
         return node
 
     def add_input(self, name: str, spec: Input, value: torch.Tensor) -> fx.Node:
@@ -164,7 +164,8 @@ class Program:
             else:
                 # The hint is arbitrary, but > 1, so that nothing is specialised to 0 or 1.
                 real = torch.empty(5 + 2 * len(self.symbols), device="meta")
-                context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+                dynamic = [DimDynamic.DYNAMIC]
+                context: Any = StatelessSymbolicContext(dynamic_sizes=dynamic)
                 size = self.fake_mode.from_tensor(real, symbolic_context=context).shape[0]
             self.symbols[name] = size
         return self.symbols[name]
@@ -215,14 +216,24 @@ class Program:
         """Nodes that depend on weights and constants alone (placeholders included)."""
         known: set[fx.Node] = set(self.placeholders("weight") + self.placeholders("constant"))
         for node in self.graph.nodes:
-            if node.op == "call_function" and node.all_input_nodes and not _is_effect(node):
-                if all(i in known for i in node.all_input_nodes):
-                    known.add(node)
+            inputs = node.all_input_nodes
+            if node.op != "call_function" or not inputs or _is_effect(node):
+                continue
+            if all(i in known for i in inputs):
+                known.add(node)
         return known
 
     def output(self) -> fx.Node:
         """The output node."""
-        return next(iter(reversed(self.graph.nodes)))
+        node: fx.Node = next(iter(reversed(self.graph.nodes)))
+        return node
+
+    def logits(self) -> fx.Node:
+        """The single value that the graph returns before tokens are drawn in it."""
+        returned: Any = self.output().args[0]
+        (node,) = returned
+        assert isinstance(node, fx.Node), node
+        return node
 
     def find_step_input(self, name: str) -> fx.Node:
         """The placeholder of an existing step input."""
@@ -237,7 +248,7 @@ class Program:
             for node in self.graph.nodes:
                 if node.op == "call_function":
                     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-                    node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+                    node.meta["val"] = node.target(*args, **kwargs)
 
 
 def new_fake_mode() -> FakeTensorMode:

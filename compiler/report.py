@@ -6,6 +6,7 @@ import difflib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
@@ -63,7 +64,7 @@ def format_diff(before: Sequence[str], after: Sequence[str], context: int = 2) -
 
 
 def _line(node: fx.Node) -> str:
-    value = node.meta.get("val")
+    value: Any = node.meta.get("val")
     shape = f"  # {list(value.shape)} {value.dtype}" if hasattr(value, "shape") else ""
     if node.op == "placeholder":
         return f"input {node.name}{shape}"

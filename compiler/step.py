@@ -145,7 +145,7 @@ def _open_region(
     if compiled:
         path = str(artifact.path / "regions" / f"{name}.pt2")
         try:
-            loader = torch._C._aoti.AOTIModelPackageLoader(path, "model", False, 1, -1)
+            loader: Any = torch._C._aoti.AOTIModelPackageLoader(path, "model", False, 1, -1)
         except RuntimeError as error:
             raise ArtifactError(f"{path} does not open: {error}") from error
         run: Callable[[Sequence[Any]], list[Any]] = loader.run

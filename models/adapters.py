@@ -8,6 +8,7 @@ positions for themselves and ignore ``position_ids``. Not here: anything else ab
 from __future__ import annotations
 
 import math
+import re
 import threading
 from collections.abc import Callable
 from types import MethodType
@@ -17,6 +18,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from fxlm.compiler.errors import UnsupportedModel
+from fxlm.models import experts
 from fxlm.models.attention import MaskTag, attend, pattern
 
 _step = threading.local()
@@ -29,10 +32,27 @@ def adapt(model: nn.Module) -> None:
         name = type(module).__name__
         if name in _FORWARDS:
             module.forward = MethodType(_FORWARDS[name], module)
+        if _keeps_state(module):
+            module.register_forward_pre_hook(_refuse_state)
         if name in _SCORES:
             module._attn = MethodType(_SCORES[name], module)
         if hasattr(module, "create_position_ids_from_input_ids") and hasattr(module, "padding_idx"):
             module.register_forward_pre_hook(_shift_positions, with_kwargs=True)
+
+
+def _keeps_state(module: nn.Module) -> bool:
+    """Whether a module carries something from token to token that is no attention."""
+    if _STATEFUL.search(type(module).__name__):
+        return True
+    causal = [c for c in module.children() if isinstance(c, nn.Conv1d) and c.groups > 1]
+    return any(conv.groups == conv.in_channels for conv in causal)
+
+
+def _refuse_state(module: nn.Module, args: object) -> None:
+    raise UnsupportedModel(
+        f"{type(module).__name__} is recurrent or convolutional: it carries a state from token to "
+        "token, and fxlm keeps states of attention alone"
+    )
 
 
 def open_tables(module: Any) -> None:
@@ -57,6 +77,16 @@ def _positions(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
     """Embed the step's positions: [1, T, H]; these modules count from 0 for themselves."""
     assert _step.positions is not None, "position_ids must be given"
     return functional.embedding(_step.positions + getattr(self, "offset", 0), self.weight)
+
+
+def _positions_flat(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """As `_positions`, [T, H]."""
+    return functional.embedding(_step.positions[0], self.weight)
+
+
+def _positions_table(self: Any, position_ids: torch.Tensor, *args: Any) -> torch.Tensor:
+    """XGLM, whose table else grows with the number of tokens."""
+    return functional.embedding(position_ids + self.offset, self.weights)
 
 
 def _heads(x: torch.Tensor, head_dim: int) -> torch.Tensor:
@@ -108,6 +138,31 @@ def _falcon(
         scaled = [slope * self.inv_norm_factor for slope in alibi_slopes(self.num_heads)]
         slopes = hidden_states.new_tensor(scaled, dtype=torch.float32)
     return self.dense(_run(self, q, k, v, attention_mask, slopes=slopes)), None
+
+
+def _llama4(
+    self: Any,
+    hidden_states: torch.Tensor,
+    position_embeddings: torch.Tensor,
+    attention_mask: object = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Llama 4 scales queries of layers without rotation by their position."""
+    from transformers.models.llama4.modeling_llama4 import apply_rotary_emb
+
+    q, k, v = (
+        project(hidden_states).view(1, hidden_states.shape[1], -1, self.head_dim)
+        for project in (self.q_proj, self.k_proj, self.v_proj)
+    )
+    if self.use_rope:
+        q, k = apply_rotary_emb(q, k, position_embeddings)
+    if hasattr(self, "qk_norm"):
+        q, k = self.qk_norm(q), self.qk_norm(k)
+    if self.attn_temperature_tuning and not self.use_rope:
+        steps = torch.floor((_step.positions.float() + 1.0) / self.floor_scale)
+        q = (q * (torch.log1p(steps) * self.attn_scale + 1.0)[..., None, None]).to(q.dtype)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return self.o_proj(_run(self, q, k, v, attention_mask, scale=self.scaling)), None
 
 
 def _bloom(
@@ -199,13 +254,20 @@ def _gpt_scores(
     return [_heads(_run(self, q, k.transpose(2, 3), v, mask, scale=scale), v.shape[-1])]
 
 
+_STATEFUL = re.compile(
+    r"Mamba\w*(Mixer|Layer)|DeltaNet|LightningAttention|ShortConv|Rglru|^Rwkv\w*Attention|^xLSTMLayer"
+)
 _FORWARDS: dict[str, Callable[..., Any]] = {
+    **experts.FORWARDS,
+    "XGLMSinusoidalPositionalEmbedding": _positions_table,
+    "RoFormerSinusoidalPositionalEmbedding": _positions_flat,
     "FalconAttention": _falcon,
     "BloomAttention": _bloom,
+    "Llama4TextAttention": _llama4,
     "MptAttention": _mpt,
     **dict.fromkeys(("XGLMAttention", "MvpAttention", "TrOCRAttention"), _fairseq),
     **dict.fromkeys(
-        ("RemBertSelfAttention", "RoFormerSelfAttention", "MegatronBertSelfAttention"), _bert
+        ("BigBirdSelfAttention", "RemBertSelfAttention", "RoFormerSelfAttention", "MegatronBertSelfAttention"), _bert
     ),
     **dict.fromkeys(
         (

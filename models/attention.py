@@ -98,6 +98,8 @@ def classify(function: Callable[..., Any]) -> MaskTag:
         return MaskTag()  # sequences of a step never see each other
     if name.startswith(("remap_positions_for_packed_sequence.", "add_offsets_to_mask_function.")):
         return classify(_closure(function, "mask_function"))
+    if name.startswith("or_masks."):
+        return _union(_closure(function, "mask_functions"))
     return MaskTag(reason=f"its attention mask is not causal or not known: {name}")
 
 
@@ -109,6 +111,14 @@ def _intersection(functions: tuple[Callable[..., Any], ...]) -> MaskTag:
     if len(chunks) > 1:
         reason = f"its attention mask joins several chunk sizes: {sorted(chunks)}"
     return MaskTag(window=min(windows, default=0), chunk=max(chunks, default=0), reason=reason)
+
+
+def _union(functions: tuple[Callable[..., Any], ...]) -> MaskTag:
+    """Blocks that see themselves whole are images; of text, which alone comes here, there are none."""
+    rest = [f for f in functions if not f.__qualname__.startswith("blockwise_overlay.")]
+    if len(rest) == 1:
+        return classify(rest[0])
+    return MaskTag(reason=f"its attention mask is a union: {[f.__qualname__ for f in functions]}")
 
 
 def mask(*args: Any, mask_function: Callable[..., Any], **kwargs: Any) -> MaskTag:

@@ -31,7 +31,16 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "nemotron": {"num_key_value_heads": 2},
     "rembert": {"is_decoder": True, "input_embedding_size": 32, "output_embedding_size": 32},
     "reformer": {"is_decoder": True},
+    "gemma4_unified_assistant": {"num_kv_shared_layers": 0},
+    "llama4_text": {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0], "interleave_moe_layer_step": 2},
     "gemma3n_text": {"num_hidden_layers": 5, "num_kv_shared_layers": 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "cohere_compass_text": {
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 10000.0}
+            for kind in ("full_attention", "sliding_attention")
+        }
+    },
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
         "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 96, "moe_top_k": 2},

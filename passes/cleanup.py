@@ -57,8 +57,9 @@ def _same_type(node: fx.Node) -> bool:
 
 
 def _full_slice(node: fx.Node) -> bool:
-    _, _, start, end, step = (*node.args, *(0, 0, None, None, 1)[len(node.args):])  # fmt: skip
-    return start in (None, 0) and end in (None, INT64_MAX) and step == 1
+    given: list[Any] = [*node.args[2:], None, None, None][:3]
+    start, end, step = given
+    return start in (None, 0) and end in (None, INT64_MAX) and step in (None, 1)
 
 
 def _always(node: fx.Node) -> bool:

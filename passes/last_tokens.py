@@ -32,7 +32,7 @@ _ROW_WISE = (
 @graph_pass(expects=1)
 def last_tokens(program: Program) -> int:
     """Take the rows ``logits_indices`` int64 [R]; returns 1."""
-    (logits,) = program.output().args[0]  # type: ignore[misc]
+    logits = program.logits()
     indices = program.step_input("logits_indices", ["R"], torch.int64)
     head = _head(program, logits)
     if head is None:

@@ -57,7 +57,7 @@ def _add_caches(
     program.caches.append(spec)
     nodes = []
     for name, dim in (("k", spec.key_dim), ("v", spec.value_dim)):
-        shape = ["blocks", spec.num_kv_heads, program.facts.block_size, dim]
+        shape: list[int | str] = ["blocks", spec.num_kv_heads, program.facts.block_size, dim]
         value = program.fake_tensor(shape, spec.dtype)
         meaning = Input(role="cache", source=name, layer=index)
         nodes.append(program.add_input(f"{name}_cache_{index}", meaning, value))

@@ -22,7 +22,7 @@ from fxlm.compiler.program import Program
 @graph_pass(expects=1, requires="last_tokens", stage="final")
 def sample(program: Program) -> int:
     """Append the sampler; returns 1."""
-    (logits,) = program.output().args[0]  # type: ignore[misc]
+    logits = program.logits()
     extra = [
         program.step_input("sample_floats", ["R", 6], torch.float32),
         program.step_input("sample_ints", ["R", 5], torch.int64),

@@ -36,6 +36,8 @@ class Adjust:
         self.counts: npt.NDArray[np.int32] = np.zeros(16, np.int32)
         self.bias: npt.NDArray[np.float32] = np.zeros(16, np.float32)
         self._places: dict[int, int] = {}
+        self._banned: list[int] = []  # places
+        self._unbanned: npt.NDArray[np.float32] = self.bias[:0]  # their biases otherwise
         self._counts_output = params.has_penalties
         self._num_prompt = len(request.prompt_token_ids)
         self._num_seen = self._num_prompt
@@ -70,8 +72,8 @@ class Adjust:
             self.bias[self._place(token)] = min(max(bias, -MAX_BIAS), MAX_BIAS)
 
     def _ban(self, tokens: list[int]) -> None:
-        self._banned: list[int] = [self._place(token) for token in tokens]
-        self._unbanned: npt.NDArray[np.float32] = self.bias[self._banned].copy()
+        self._banned = [self._place(token) for token in tokens]
+        self._unbanned = self.bias[self._banned].copy()
         self.bias[self._banned] = -np.inf
 
     def _add(self, tokens: Iterable[int], count: int) -> None:

@@ -98,6 +98,31 @@ def compile_model(
         return work.run(path)
 
 
+def compile(model: str, *, output: str | Path | None = None, **options: Any) -> Artifact:
+    """Compile a model, or find its artifact in the cache.
+
+    Args:
+        model: directory, hub id, ``bundled`` or ``bundled-draft``.
+        output: directory for the artifact instead of the cache.
+        options: of `fxlm.runtime.options.EngineOptions`, e.g. ``dtype`` and ``passes``.
+
+    Returns:
+        The artifact, opened and checked.
+    """
+    from fxlm.models.checkpoint import open_checkpoint
+    from fxlm.runtime.options import compile_options, from_mapping
+
+    chosen = from_mapping({**options, "model": model})
+    checkpoint = open_checkpoint(model, chosen.revision, chosen.trust_remote_code)
+    place = Path(output) if output is not None else None
+    return compile_model(
+        checkpoint,
+        compile_options(chosen),
+        output=place,
+        cache_dir=cache_directory(chosen.cache_dir),
+    ).artifact
+
+
 def _existing(path: Path, key: str) -> Artifact | None:
     """The artifact at ``path`` if it is whole and has this key; a damaged one is made anew."""
     try:

@@ -10,7 +10,9 @@ from typing import Protocol
 REPLACEMENT = "�"  # what decoders write for bytes that are not UTF-8, or not yet
 CONTEXT_TOKENS = 6  # of the prompt: decoders treat the start of a text specially (spaces)
 MAX_DIRTY_TOKENS = 16  # a character has 4 bytes at most: more unfinished tokens are garbage
-SYNC_TOKENS = 8  # kept when a window of garbage is cut: UTF-8 finds its feet within 4 bytes
+SYNC_TOKENS = 8  # kept when a window of garbage is cut ...
+SYNC_CHARACTERS = 4  # ... if they have so many: UTF-8 finds its feet within 4 bytes
+MAX_WINDOW = 64  # tokens; reached by a long run of tokens without text only
 
 
 class Tokenizer(Protocol):
@@ -63,17 +65,26 @@ class Detokenizer:
         self._window.append(token)
         text = self._decode()
         num_dirty = len(self._window) - self._num_clean
-        if text.endswith(REPLACEMENT):
-            if num_dirty <= MAX_DIRTY_TOKENS:
-                return ""
-            text = _certain(text)
-            keep = SYNC_TOKENS  # the window must not grow while garbage lasts
-        else:
-            keep = num_dirty  # these tokens are the context of the next
+        if text.endswith(REPLACEMENT) or len(text) <= self._given:
+            # tokens without text (special ones) are no context: the window waits for some
+            return self._cut(_certain(text)) if num_dirty > MAX_DIRTY_TOKENS else ""
         new = text[self._given :]
-        self._window = self._window[-keep:]
-        self._given = len(_certain(self._decode()))
-        self._num_clean = len(self._window)
+        self._window = self._window[-num_dirty:]  # these tokens are the context of the next
+        self._num_clean = num_dirty
+        self._given = len(self._decode())
+        return new
+
+    def _cut(self, text: str) -> str:
+        """Keep the window from growing while garbage lasts; gives the text that is certain."""
+        new = text[self._given :]
+        self._given = max(len(text), self._given)
+        window, self._window = self._window, self._window[-SYNC_TOKENS:]
+        given = len(_certain(self._decode()))
+        if given < SYNC_CHARACTERS and len(window) < MAX_WINDOW:
+            self._window = window
+            return new
+        self._given = given
+        self._num_clean = 0
         return new
 
 
@@ -100,9 +111,11 @@ class StopStrings:
             text: everything so far.
             num_new: characters of it not searched before.
         """
-        begin = max(len(text) - num_new - self._longest + 1, 0)
-        found = [(text.find(stop, begin), -len(stop), stop) for stop in self.stops]
-        matches = [match for match in found if match[0] >= 0]
+        matches = []
+        for stop in self.stops:
+            place = text.find(stop, max(len(text) - num_new - len(stop) + 1, 0))
+            if place >= 0:
+                matches.append((place, -len(stop), stop))
         if not matches:
             return None
         place, _, stop = min(matches)

@@ -142,8 +142,8 @@ def _budget(
         return most, f"all {options.max_num_seqs} sequences at full length"
     if free <= 0:
         raise OutOfMemory(
-            f"the weights and activations need {_mib(fixed)} and the process {_mib(OVERHEAD_BYTES)},"
-            f" but only {_mib(int(available * options.memory_fraction))} of {source} may be used "
+            f"weights and activations need {_mib(fixed)} and the process {_mib(OVERHEAD_BYTES)}, "
+            f"but only {_mib(int(available * options.memory_fraction))} of {source} may be used "
             f"({_mib(available)} free x memory_fraction {options.memory_fraction}): free memory, "
             "raise --memory-fraction or take a smaller model"
         )

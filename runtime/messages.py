@@ -107,10 +107,6 @@ class Failed(msgspec.Struct, tag=True):
     param: str | None = None
 
 
-class Pong(msgspec.Struct, tag=True):
-    nonce: int = 0
-
-
 class Stats(msgspec.Struct, tag=True, kw_only=True):
     """Numbers for metrics. Totals count since the start; the rest is of this moment.
 
@@ -138,6 +134,11 @@ class Stats(msgspec.Struct, tag=True, kw_only=True):
     iteration_tokens_sum: int = 0
     num_messages_bad: int = 0
     num_polls: int = 0
+
+
+class Pong(msgspec.Struct, tag=True):
+    nonce: int
+    stats: Stats
 
 
 ToEngine = Submit | Abort | Ping | Shutdown

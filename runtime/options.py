@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from fxlm.compiler.errors import InvalidOption
 
@@ -94,8 +96,15 @@ def from_mapping(values: Mapping[str, Any]) -> EngineOptions:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
             raise InvalidOption(name, values[name], f"there is no such option; {hint}")
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if v is not None}
-    return EngineOptions(**given)
+    given = {k: v for k, v in values.items() if v is not None}
+    passes = tuple(given.pop("passes", ()))
+    try:
+        typed = msgspec.convert(given, EngineOptions)
+    except msgspec.ValidationError as error:
+        reason, _, place = str(error).partition(" - at `$.")
+        field = place.rstrip("`").split("[")[0]
+        raise InvalidOption(field, values.get(field), reason) from None
+    return replace(typed, passes=passes)
 
 
 def resolve_device(choice: str) -> tuple[str, str]:
@@ -153,7 +162,8 @@ def _module(file: Path) -> ModuleType:
 
     name = f"fxlm_user_pass_{file.stem}"
     spec = importlib.util.spec_from_file_location(name, file)
-    assert spec is not None and spec.loader is not None, file
+    assert spec is not None, file
+    assert spec.loader is not None, file
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # so that the source of the pass can be found for its digest
     try:

@@ -249,19 +249,18 @@ class _Completion:
             ends = output.finish_reason == "stop" and last
             silent = ends and not self._params.include_stop_str_in_output
             if not silent and self._take_text(token):
-                return output.finish_reason is None or not last
+                return output.finish_reason is None
         if output.finish_reason is not None:
-            return self._end(output)
+            self._end(output)
         return False
 
-    def _end(self, output: Output) -> bool:
-        """The engine ended it; True never: a stop string in the rest ends nothing any more."""
+    def _end(self, output: Output) -> None:
+        """The engine ended it; a stop string in the rest of the text only names another reason."""
         self.stop_reason = output.stop_reason
         self.message = output.message
         self.finish_reason = output.finish_reason
         if self._detokenizer is not None:
             self._search(self._detokenizer.flush())
-        return False
 
     def _take_text(self, token: int) -> bool:
         return self._detokenizer is not None and self._search(self._detokenizer.push([token]))
@@ -290,9 +289,7 @@ class _Completion:
         end = len(self.text)
         if self.finish_reason is None:
             end -= self._stops.num_held(self.text)
-        text_from, token_from = (
-            (self._num_text_given, self._num_tokens_given) if delta else (0, 0)
-        )
+        text_from, token_from = (self._num_text_given, self._num_tokens_given) if delta else (0, 0)
         if delta:
             self._num_text_given, self._num_tokens_given = end, len(self.token_ids)
         return CompletionOutput(

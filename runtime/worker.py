@@ -1,6 +1,7 @@
 """ModelWorker: an artifact with its weights and its KV memory, run once a batch.
 
-Here: memory, the call of the step, block copies, and `build_engine`. Not here: what is in a batch (`batch`), who is in it (`scheduler`).
+Here: memory, the call of the step, block copies, and `build_engine`. Not here: what is in a
+batch (`batch`), who is in it (`scheduler`), what a command prints (`launch`).
 """
 
 from __future__ import annotations

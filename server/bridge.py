@@ -13,8 +13,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, ParamSpec, Protocol, TypeVar
 
+import msgspec
+
 from fxlm.compiler.errors import EngineDead
 from fxlm.runtime.messages import Output, Stats, TokenLogprob
+from fxlm.runtime.outputs import OutputProcessor
 from fxlm.runtime.request import Request
 from fxlm.runtime.sampling_params import SamplingParams
 from fxlm.server.errors import ApiError, unavailable
@@ -96,6 +99,15 @@ class Delta:
     finish_reason: Literal["stop", "length"] | None = None
     stop_reason: int | str | None = None
 
+    def add(self, later: "Delta") -> None:
+        """Append what came later of the same completion."""
+        self.text += later.text
+        self.token_ids = self.token_ids + later.token_ids
+        if later.logprobs is not None:
+            self.logprobs = (self.logprobs or []) + later.logprobs
+        self.finish_reason = later.finish_reason
+        self.stop_reason = later.stop_reason
+
 
 class Bridge:
     """The one way from the handlers to the engine.
@@ -158,13 +170,12 @@ class Generation:
     jobs: list[Job]
     record: Record
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
-    news: asyncio.Queue[Output | Exception] = field(default_factory=asyncio.Queue)
+    news: asyncio.Queue[Delta | Exception] = field(default_factory=asyncio.Queue)
 
     def __post_init__(self) -> None:
         self.num_choices = sum(job.params.n for job in self.jobs)
         self.num_prompt_tokens = sum(len(job.prompt_token_ids) for job in self.jobs)
-        self.num_generated_tokens = 0
-        self.prompt_logprobs: list[list[list[TokenLogprob]] | None] = [None] * len(self.jobs)
+        self.num_generated_tokens = 0  # of the deltas handed on
         self.runs = [Run(job=job, generation=self, number=i) for i, job in enumerate(self.jobs)]
         self.record.prompt_tokens = self.num_prompt_tokens
 
@@ -173,27 +184,28 @@ class Generation:
         """Prompt tokens that were found in the prefix cache."""
         return sum(run.timing.num_cached for run in self.runs)
 
+    def prompt_logprobs(self, number: int) -> list[list[TokenLogprob]]:
+        """Of one prompt: a row for every token from the second on."""
+        return self.runs[number].prompt_logprobs
+
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """Start, then yield what comes, until every completion is finished.
 
-        Closing it earlier aborts what is unfinished.
+        What piles up while the client is slow comes as one delta a completion. Closing it
+        earlier aborts what is unfinished.
 
         Raises:
             ApiError: the queue is full, or the engine failed.
         """
         with self.bridge.admitted(self):
-            runs = {run.request_id: run for run in self.runs}
             try:
                 for run in self.runs:
-                    self.bridge.engine.submit(run.request(), self.news.put_nowait)
-                    run.started = True
-                    self.bridge.metrics.on_submit(run.job.params)
-                while any(run.unfinished for run in self.runs):
-                    news = await self.news.get()
-                    if isinstance(news, Exception):
-                        raise news
-                    delta = runs[news.request_id].on_output(news)
-                    if delta is not None:
+                    run.start()
+                num_unfinished = self.num_choices
+                while num_unfinished:
+                    for delta in merged([await self.news.get(), *drained(self.news)]):
+                        self.num_generated_tokens += len(delta.token_ids)
+                        num_unfinished -= delta.finish_reason is not None
                         yield delta
             except EngineDead as error:
                 raise unavailable(f"The engine stopped: {error}", "engine_dead", 10) from error
@@ -202,19 +214,42 @@ class Generation:
 
     def close(self) -> None:
         """Abort what is unfinished and settle the accounts."""
+        record = self.record
         for run in self.runs:
             run.close()
-        self.record.cached_tokens = self.num_cached_tokens
-        self.record.generated_tokens = self.num_generated_tokens
-        for run in self.runs:
-            self.record.finish_reasons += run.reasons.values()
+            record.finish_reasons += [reason for _, reason in sorted(run.reasons.items())]
+        record.cached_tokens = self.num_cached_tokens
+        record.generated_tokens = sum(run.timing.num_generated for run in self.runs)
         firsts = [run.timing.first_token for run in self.runs if run.timing.first_token]
-        self.record.first_token = min(firsts, default=None)
+        record.first_token = min(firsts, default=None)
+
+
+def drained(queue: asyncio.Queue[T]) -> Iterator[T]:
+    """Everything that is in the queue now."""
+    while not queue.empty():
+        yield queue.get_nowait()
+
+
+def merged(news: list[Delta | Exception]) -> Iterator[Delta]:
+    """One delta a completion; an exception is raised after what came before it."""
+    found: dict[tuple[int, int], Delta] = {}
+    failure = None
+    for item in news:
+        if isinstance(item, Exception):
+            failure = item
+            break
+        known = found.setdefault((item.prompt, item.index), item)
+        if known is not item:
+            known.add(item)
+    yield from found.values()
+    if failure is not None:
+        raise failure
 
 
 @dataclass(kw_only=True, eq=False)
 class Run:
-    """One prompt in the engine."""
+    """One prompt in the engine. Its outputs become text the moment they arrive, however slowly
+    the client reads, so that a stop string ends the work at once."""
 
     job: Job
     generation: Generation
@@ -222,18 +257,14 @@ class Run:
     started: bool = False
     timing: Timing = field(default_factory=Timing)
     reasons: dict[int, str] = field(default_factory=dict)
-    writers: dict = field(default_factory=dict)
+    prompt_logprobs: list[list[TokenLogprob]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.request_id = f"{self.generation.id}-{self.number}"
-        self.timing.num_prompt = len(self.job.prompt_token_ids)
-        self.unfinished = set(range(self.job.params.n))
         self.bridge = self.generation.bridge
-
-    def request(self) -> Request:
-        """What the engine gets."""
-        return Request(
-            request_id=self.request_id,
+        self.unfinished = set(range(self.job.params.n))
+        self.timing.num_prompt = len(self.job.prompt_token_ids)
+        self.request = Request(
+            request_id=f"{self.generation.id}-{self.number}",
             prompt_token_ids=self.job.prompt_token_ids,
             params=self.job.params,
             eos_token_ids=list(self.bridge.served.eos_token_ids),
@@ -242,20 +273,41 @@ class Run:
             cache_salt=self.job.cache_salt,
         )
 
+    def start(self) -> None:
+        """Hand the request to the engine."""
+        # Logprobs keep their rows of numbers; only what is shown of them is put into words.
+        plain = msgspec.structs.replace(self.job.params, logprobs=None, prompt_logprobs=None)
+        self.processor = OutputProcessor(self.bridge.served.tokenizer)
+        self.processor.add_request(
+            msgspec.structs.replace(self.request, params=plain), kind="delta"
+        )
+        self.bridge.engine.submit(self.request, self.on_news)
+        self.started = True
+        self.bridge.metrics.on_submit(self.job.params)
+
     def close(self) -> None:
         """Abort what is unfinished; tell the metrics once."""
         if not self.started:
             return
         self.started = False
         if self.unfinished:
-            self.bridge.engine.abort(self.request_id)
-        for index in sorted(self.unfinished):
+            self.bridge.engine.abort(self.request.request_id)
+        for index in self.unfinished:
             self.reasons.setdefault(index, "abort")
         self.unfinished.clear()
         self.bridge.metrics.on_finish(self.timing, self.reasons.values(), time.monotonic())
 
+    def on_news(self, news: Output | Exception) -> None:
+        """Called by the engine's client; nothing is raised into it."""
+        try:
+            delta = news if isinstance(news, Exception) else self.on_output(news)
+        except Exception as error:
+            delta = error
+        if delta is not None:
+            self.generation.news.put_nowait(delta)
+
     def on_output(self, output: Output) -> Delta | None:
-        """An output of the engine as news; None for a completion that is over already.
+        """An output as news; None for a completion that is over already.
 
         Raises:
             ApiError: the engine gave the request up.
@@ -263,71 +315,41 @@ class Run:
         index = output.index
         if index not in self.unfinished:
             return None
+        self.note_times(output)
+        if output.finish_reason in ("abort", "error"):
+            self.end(index, output.finish_reason)
+            message = output.message or "the engine stopped the request"
+            raise unavailable(f"The request failed: {message}.", "engine_error")
+        if output.prompt_logprobs is not None:
+            self.prompt_logprobs, output.prompt_logprobs = output.prompt_logprobs, None
+        processed = self.processor.process([output])
+        for request_id, aborted in processed.aborts:
+            self.bridge.engine.abort(request_id, aborted)
+        found = processed.outputs[0].outputs[0]
+        assert found.finish_reason in (None, "stop", "length"), found
+        if found.finish_reason is not None:
+            self.end(index, found.finish_reason)
+        rows = output.logprobs
+        return Delta(
+            prompt=self.number,
+            index=index,
+            text=found.text,
+            token_ids=found.token_ids,
+            logprobs=None if rows is None else rows[: len(found.token_ids)],
+            finish_reason=found.finish_reason,
+            stop_reason=found.stop_reason,
+        )
+
+    def note_times(self, output: Output) -> None:
+        """Times and counts of an output."""
         timing = self.timing
         timing.num_cached = max(timing.num_cached, output.num_cached_tokens)
         timing.scheduled = timing.scheduled or output.scheduled
         timing.num_preemptions = max(timing.num_preemptions, output.num_preemptions)
-        if output.finish_reason in ("abort", "error"):
-            self.unfinished.discard(index)
-            self.reasons[index] = output.finish_reason
-            message = output.message or "the engine stopped the request"
-            raise unavailable(f"The request failed: {message}.", "engine_error")
         count = len(output.token_ids)
-        self.bridge.metrics.on_tokens(timing, index, count, time.monotonic())
-        self.generation.num_generated_tokens += count
-        if output.prompt_logprobs is not None:
-            self.generation.prompt_logprobs[self.number] = output.prompt_logprobs
-        return self.delta(output)
+        self.bridge.metrics.on_tokens(timing, output.index, count, time.monotonic())
 
-    def delta(self, output: Output) -> Delta:
-        """The text of an output; a stop string found in it ends the completion here and there."""
-        index = output.index
-        writer = self.writers.setdefault(index, Interim(self.bridge.served, self.job.params))
-        text, stop = writer.push(
-            output.token_ids, output.finish_reason is not None, output.stop_reason
-        )
-        finish = output.finish_reason
-        reason = output.stop_reason
-        if stop is not None:
-            if finish is None:
-                self.bridge.engine.abort(self.request_id, index)
-            finish, reason = "stop", stop
-        if finish is not None:
-            self.unfinished.discard(index)
-            self.reasons[index] = finish
-        return Delta(
-            prompt=self.number,
-            index=index,
-            text=text,
-            token_ids=output.token_ids,
-            logprobs=output.logprobs,
-            finish_reason=finish,
-            stop_reason=reason,
-        )
-
-
-class Interim:
-    def __init__(self, served, params):
-        self.t, self.p, self.ids, self.sent = served.tokenizer, params, [], 0
-
-    def push(self, ids, last, stop_token):
-        self.ids += ids
-        use = self.ids[:-1] if last and stop_token is not None else self.ids
-        text = self.t.decode(use)
-        for s in self.p.stop_strings:
-            at = text.find(s)
-            if at >= 0:
-                end = at + (len(s) if self.p.include_stop_str_in_output else 0)
-                out = text[self.sent : end]
-                self.sent = end
-                return out, s
-        end = len(text)
-        if not last:
-            hold = max([len(s) for s in self.p.stop_strings] + [1]) - 1
-            end -= hold
-            while text[:end].endswith("\ufffd"):
-                end -= 1
-        end = max(end, self.sent)
-        out = text[self.sent : end]
-        self.sent = end
-        return out, None
+    def end(self, index: int, reason: str) -> None:
+        """A completion is over."""
+        self.unfinished.discard(index)
+        self.reasons[index] = reason

@@ -246,12 +246,12 @@ class CompletionWriter:
         ids, rows = list(answer.token_ids), list(answer.logprobs)
         if self.body.echo:
             ids = self.prompts[prompt] + ids
-            rows = [None, *(self.generation.prompt_logprobs[prompt] or []), *rows]
+            rows = [None, *self.generation.prompt_logprobs(prompt), *rows]
         return self.texts.completion_logprobs(ids, rows, count, 0)
 
     def prompt_logprobs(self, prompt: int) -> PromptLogprobs:
         """vLLM's list for one prompt."""
-        return self.texts.prompt_logprobs(self.generation.prompt_logprobs[prompt] or [])
+        return self.texts.prompt_logprobs(self.generation.prompt_logprobs(prompt))
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """The stream: text with the finish in its last event, usage if asked for, [DONE]."""

@@ -14,11 +14,11 @@ from fxlm.server.errors import ApiError
 class Tokenizer(Protocol):
     """What the server asks of a tokenizer (`fxlm.models.tokenizer.Tokenizer` is one)."""
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`."""
         ...
 
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids."""
         ...
 

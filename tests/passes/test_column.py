@@ -71,7 +71,7 @@ def test_a_pass_that_breaks_the_graph_is_named() -> None:
         program.output().args = ((node,),)
         return 1
 
-    with pytest.raises(PassError, match="careless left an unlawful graph.*no metadata"):
+    with pytest.raises(PassError, match=r"careless left an unlawful graph.*no metadata"):
         pipeline.run(captured(), [careless])
 
 

@@ -348,9 +348,7 @@ def test_a_planned_sequence_loses_its_place_and_its_copy_when_preempted(num_bloc
     worker = FakeWorker(spec(num_blocks=num_blocks, max_num_batched_tokens=8))
     engine = Engine(worker, EngineConfig(check=True, policy="priority"))
     params = SamplingParams(n=3, seed=1, max_tokens=4)
-    low = Request(
-        request_id="low", prompt_token_ids=list(range(10)), params=params, priority=1
-    )
+    low = Request(request_id="low", prompt_token_ids=list(range(10)), params=params, priority=1)
     high = Request(request_id="high", prompt_token_ids=[50, 51, 52], params=params)
     engine.add_request(low)
     engine.step()

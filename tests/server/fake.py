@@ -22,10 +22,10 @@ REPLY = "Hello, wörld!"
 class ByteTokenizer:
     """Bytes as tokens."""
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return list(text.encode())
 
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self.raw(ids, skip_special_tokens).decode("utf-8", "replace")
 
     def token_bytes(self, token_id: int) -> bytes:

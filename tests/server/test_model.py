@@ -96,6 +96,7 @@ def test_no_template(tmp_path: Path) -> None:
     assert opened(path).chat_template is None
 
 
-def test_no_tokenizer(tmp_path: Path) -> None:
+def test_damaged_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(InvalidModel):
         opened(tmp_path)

@@ -1,8 +1,8 @@
 // Sampling on CPU: adjust, filter, draw, and log-probabilities, a row a thread.
 //
 // No sort of the vocabulary. Greedy is one read of the row. A draw computes all weights once and
-// then works on the pool of tokens within e^-10 of the best, which nearly always holds the answer;
-// where it does not, on all of them, by quickselect on mass. Order: (logit descending, id
+// then works on the pool of tokens within e^-6 of the best, which mostly holds the answer, by
+// quickselect on mass; where it does not, on wider pools. Order: (logit descending, id
 // ascending). Sums are double and each row is one thread's, so a draw depends on its row alone.
 //
 // Compiled with -ffp-contract=off: adjusted logits equal the reference's bit by bit.
@@ -18,8 +18,8 @@ namespace fxlm {
 namespace {
 
 constexpr float kGreedyBelow = 1e-5f;
-constexpr float kPool = 10.0f;  // nats below the best token
-constexpr int kBlock = 64 * W;  // logits looked at together
+constexpr float kPools[] = {6.0f, 10.0f, kInfinity};  // nats below the best token
+constexpr int kBlock = 16 * W;  // logits looked at together
 constexpr float kLargest = std::numeric_limits<float>::max();
 
 enum { kTemperature, kTopP, kMinP, kRepetition, kPresence, kFrequency };
@@ -97,12 +97,25 @@ inline int64_t id_of(uint64_t key) { return int64_t(key & 0xffffffff); }
 
 struct Scratch {
   std::vector<float> logits, weights;
-  std::vector<uint64_t> pool;
+  std::vector<uint64_t> keys;
+
+  void reserve(size_t count) {
+    if (keys.size() >= count) return;
+    logits.resize(count);
+    weights.resize(count);
+    keys.resize(count);
+  }
 };
 
-double mass_of(const float* weights, const uint64_t* begin, const uint64_t* end) {
+// The first `size` keys of the scratch.
+struct Pool {
+  uint64_t* keys;
+  size_t size;
+};
+
+double mass_of(const float* weights, Pool pool, size_t begin, size_t end) {
   double mass = 0;
-  for (; begin < end; ++begin) mass += weights[id_of(*begin)];
+  for (; begin < end; ++begin) mass += weights[id_of(pool.keys[begin])];
   return mass;
 }
 
@@ -113,14 +126,14 @@ struct Prefix {
 
 // The shortest prefix, in order, whose mass reaches (strictly: exceeds) the goal; the pool is
 // reordered so that it comes first, its last element in place.
-Prefix prefix_of(std::vector<uint64_t>& pool, const float* weights, double goal, bool strictly) {
+Prefix prefix_of(Pool pool, const float* weights, double goal, bool strictly) {
   auto reached = [=](double mass) { return strictly ? mass > goal : mass >= goal; };
-  size_t low = 0, high = pool.size();
+  size_t low = 0, high = pool.size;
   double before = 0;
   while (high - low > 32) {
     const size_t middle = low + (high - low) / 2;
-    std::nth_element(pool.begin() + low, pool.begin() + middle, pool.begin() + high);
-    const double mass = before + mass_of(weights, pool.data() + low, pool.data() + middle);
+    std::nth_element(pool.keys + low, pool.keys + middle, pool.keys + high);
+    const double mass = before + mass_of(weights, pool, low, middle);
     if (reached(mass)) {
       high = middle;
     } else {
@@ -128,23 +141,27 @@ Prefix prefix_of(std::vector<uint64_t>& pool, const float* weights, double goal,
       low = middle;
     }
   }
-  std::sort(pool.begin() + low, pool.begin() + high);
+  std::sort(pool.keys + low, pool.keys + high);
   for (; low < high; ++low) {
-    before += weights[id_of(pool[low])];
+    before += weights[id_of(pool.keys[low])];
     if (reached(before)) return {low + 1, before};
   }
   return {high, before};
 }
 
-void gather(Scratch& scratch, int64_t count, float at_least) {
+// The keys of all logits >= at_least; no branch on a single logit.
+Pool gather(Scratch& scratch, int64_t count, float at_least) {
   const float* logits = scratch.logits.data();
-  scratch.pool.clear();
+  Pool pool{scratch.keys.data(), 0};
   for (int64_t begin = 0; begin < count; begin += kBlock) {
     const int64_t end = std::min<int64_t>(count, begin + kBlock);
     if (block_max(logits, begin, end) < at_least) continue;
-    for (int64_t i = begin; i < end; ++i)
-      if (logits[i] >= at_least) scratch.pool.push_back(key_of(logits[i], i));
+    for (int64_t i = begin; i < end; ++i) {
+      pool.keys[pool.size] = key_of(logits[i], i);
+      pool.size += logits[i] >= at_least;
+    }
   }
+  return pool;
 }
 
 // Weights of all tokens (0 below min_p) into scratch; returns their sum.
@@ -175,27 +192,24 @@ int64_t draw(Scratch& scratch, int64_t count, const float* floats, const int64_t
   const bool limited = top_k < size_t(count);
   const double u = uniform(ints[kSeed], ints[kCounter]);
   const float* weights = scratch.weights.data();
-  auto& pool = scratch.pool;
-  for (const bool complete : {false, true}) {
-    gather(scratch, count, complete ? -kInfinity : best - kPool * temperature);
-    double total = all, held = mass_of(weights, pool.data(), pool.data() + pool.size());
-    if (limited) {
-      if (pool.size() < top_k && !complete) continue;
-      if (pool.size() > top_k) {
-        std::nth_element(pool.begin(), pool.begin() + top_k, pool.end());
-        pool.resize(top_k);
-      }
-      total = held = mass_of(weights, pool.data(), pool.data() + pool.size());
+  for (const float nats : kPools) {
+    const bool complete = nats == kInfinity;
+    Pool pool = gather(scratch, count, best - nats * temperature);
+    if (limited && pool.size < top_k && !complete) continue;
+    if (limited && pool.size > top_k) {
+      std::nth_element(pool.keys, pool.keys + top_k, pool.keys + pool.size);
+      pool.size = top_k;
     }
+    double held = mass_of(weights, pool, 0, pool.size), total = limited ? held : all;
     if (top_p < 1.0f) {
       const double goal = std::max(double(top_p), 0.0) * total;
       if (held < goal && !complete) continue;
       const Prefix nucleus = prefix_of(pool, weights, goal, false);
-      pool.resize(std::max<size_t>(nucleus.count, 1));
+      pool.size = std::max<size_t>(nucleus.count, 1);
       total = held = nucleus.mass;
     }
     if (held <= u * total && !complete) continue;
-    return id_of(pool[prefix_of(pool, weights, u * total, true).count - 1]);
+    return id_of(pool.keys[prefix_of(pool, weights, u * total, true).count - 1]);
   }
   return 0;  // not reached: the complete pool always answers
 }
@@ -229,11 +243,7 @@ int64_t choose(const Sample& args, int64_t r, const T* row) {
   if (!drawn && args.adjust_start[r] >= args.adjust_start[r + 1])
     return argmax(row, args.vocabulary);
   static thread_local Scratch scratch;
-  const size_t padded = size_t(args.vocabulary) + W;
-  if (scratch.logits.size() < padded) {
-    scratch.logits.resize(padded);
-    scratch.weights.resize(padded);
-  }
+  scratch.reserve(size_t(args.vocabulary) + W);  // vectors are stored whole
   adjust(args, r, row, scratch.logits.data());
   return drawn ? draw(scratch, args.vocabulary, floats, ints)
                : argmax(scratch.logits.data(), args.vocabulary);
