@@ -113,16 +113,8 @@ class Runner:
         self._output = self._decode(next(line[1] for line in lines if line[0] == "out"))
         self._steps = self._plan([line for line in lines if line[0] == "op"])
 
-    def run(
-        self,
-        read: Mapping[str, Any] | Callable[[str], Any],
-        watch: Callable[[list[Any]], None] | None = None,
-    ) -> list[Any]:
+    def run(self, read: Mapping[str, Any] | Callable[[str], Any]) -> list[Any]:
         """Run on inputs by name; each is asked for when it is first needed.
-
-        Args:
-            read: inputs by name, or a function that gives them.
-            watch: called after each op with all values alive.
 
         Returns:
             The graph's outputs, in order.
@@ -143,8 +135,6 @@ class Runner:
         for step in self._steps:
             kwargs = {key: fetch(value) for key, value in step.kwargs.items()}
             table[step.index] = step.target(*fetch(step.args), **kwargs)
-            if watch is not None:
-                watch(list(table.values()))
             for index in step.release:
                 table.pop(index, None)
         result: list[Any] = fetch(self._output)

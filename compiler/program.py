@@ -11,14 +11,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from fxlm.compiler.report import PassReport
+
+if TYPE_CHECKING:  # symbolic shapes take half a second to import, and serving needs none
+    from torch._subclasses.fake_tensor import FakeTensorMode
 
 Role = Literal["step", "weight", "constant", "cache"]
 Stage = Literal["captured", "bound", "paged", "final"]
@@ -158,6 +159,8 @@ class Program:
 
     def symbol(self, name: str) -> torch.SymInt:
         """The size of this name, the same in every input; ``T`` is the number of tokens."""
+        from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+
         if name not in self.symbols:
             if name == "T":
                 size = self.find_step_input("input_ids").meta["val"].shape[1]
@@ -253,6 +256,9 @@ class Program:
 
 def new_fake_mode() -> FakeTensorMode:
     """A fake mode in which sizes may be symbols."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
     return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
 
 

@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxlm.compiler.program import Input, Program
 
@@ -33,6 +31,8 @@ def graft_weights(
     Returns:
         The node that computes each parameter.
     """
+    from torch.fx.experimental.proxy_tensor import make_fx
+
     names = list(raw)
     fakes = [_fake(program, *raw[name]) for name in names]
     keys: list[str] = []
@@ -49,13 +49,13 @@ def graft_weights(
     return {key: values[node] for key, node in zip(keys, outputs, strict=True)}
 
 
-def _fake(program: Program, dtype: torch.dtype, shape: tuple[int, ...]) -> FakeTensor:
-    meta = torch.empty(shape, dtype=dtype, device="meta")
-    return FakeTensor(program.fake_mode, meta, program.facts.device)
+def _fake(program: Program, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    with program.fake_mode:
+        return torch.empty(shape, dtype=dtype, device=program.facts.device)
 
 
 def _graft(
-    program: Program, traced: fx.Graph, names: list[str], fakes: list[FakeTensor]
+    program: Program, traced: fx.Graph, names: list[str], fakes: list[torch.Tensor]
 ) -> dict[fx.Node, fx.Node]:
     copies: dict[fx.Node, fx.Node] = {}
     holders = [n for n in traced.nodes if n.op == "placeholder"]

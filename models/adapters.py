@@ -267,7 +267,7 @@ _FORWARDS: dict[str, Callable[..., Any]] = {
     "MptAttention": _mpt,
     **dict.fromkeys(("XGLMAttention", "MvpAttention", "TrOCRAttention"), _fairseq),
     **dict.fromkeys(
-        ("BigBirdSelfAttention", "RemBertSelfAttention", "RoFormerSelfAttention", "MegatronBertSelfAttention"), _bert
+        ("BigBirdSelfAttention", "GitSelfAttention", "RemBertSelfAttention", "RoFormerSelfAttention", "MegatronBertSelfAttention"), _bert
     ),
     **dict.fromkeys(
         (

@@ -40,7 +40,7 @@ class ModelFacts:
         dtype: of the checkpoint as config says (``bfloat16``), '' if it says none.
         num_layers: hidden layers.
         hidden_size: width.
-        num_attention_heads: query heads (of the widest layer).
+        num_attention_heads: query heads (of the widest layer); 0 if it does not attend.
         num_kv_heads: key and value heads.
         head_dim: of a query head.
         vocab_size: logits a token.
@@ -83,7 +83,7 @@ def facts(source: Any) -> ModelFacts:
     outer = _as_dict(source)
     config = text_config(outer)
     hidden = _need(config, "hidden_size")
-    heads = _need(config, "num_attention_heads")
+    heads = _find(config, "num_attention_heads") or 0
     kv_heads = _find(config, "num_kv_heads") or (1 if config.get("multi_query") else heads)
     window = config.get("sliding_window") or 0
     if config.get("use_sliding_window") is False:
@@ -96,7 +96,7 @@ def facts(source: Any) -> ModelFacts:
         hidden_size=hidden,
         num_attention_heads=heads,
         num_kv_heads=kv_heads,
-        head_dim=_first(config.get("head_dim")) or max(hidden // heads, 1),
+        head_dim=_first(config.get("head_dim")) or hidden // max(heads, 1),
         vocab_size=_need(config, "vocab_size"),
         max_position_embeddings=_find(config, "max_position_embeddings") or 0,
         sliding_window=_first(window) or 0,

@@ -20,7 +20,8 @@ _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_la
 _GENERIC: dict[tuple[str, ...], Any] = {
     _LAYERS: 2,
     ("hidden_size", "n_embd", "d_model", "dim", "n_embed", "embedding_size"): 64,
-    ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "attention_heads"): 4,
+    ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads"): 4,
+    ("decoder_attention_heads",): 4,
     ("num_key_value_heads", "num_kv_heads"): 2,
     ("head_dim", "v_head_dim", "swa_head_dim", "kv_channels", "attention_head_dim"): 16,
     ("global_head_dim", "linear_key_head_dim", "linear_value_head_dim"): 16,

@@ -32,7 +32,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "rembert": {"is_decoder": True, "input_embedding_size": 32, "output_embedding_size": 32},
     "reformer": {"is_decoder": True},
     "gemma4_unified_assistant": {"num_kv_shared_layers": 0},
-    "llama4_text": {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0], "interleave_moe_layer_step": 2},
+    "llama4_text": {
+        "num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0], "interleave_moe_layer_step": 2,
+    },
+    "youtu": {"pad_token_id": None},  # transformers zeroes the padding row while it loads
     "gemma3n_text": {"num_hidden_layers": 5, "num_kv_shared_layers": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "cohere_compass_text": {

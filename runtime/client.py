@@ -34,7 +34,6 @@ from fxlm.runtime.messages import (
     Shutdown,
     Stats,
     Submit,
-    ToEngine,
     Tokens,
     decode_from_engine,
     encode,
@@ -63,14 +62,13 @@ class EngineClient:
     """One engine process. Every method is called on the event loop that started it.
 
     Attributes:
-        info: sizes of the engine.
         last_heartbeat: ``time.monotonic()`` of the last message from it.
     """
 
     def __init__(
         self, socket: zmq.asyncio.Socket, process: "_Process", stack: contextlib.ExitStack
     ) -> None:
-        self.info: EngineInfo | None = None
+        self._info: EngineInfo | None = None
         self.last_heartbeat = time.monotonic()
         self._socket = socket
         self._process = process
@@ -128,7 +126,7 @@ class EngineClient:
             raise
         client = cls(socket, process, stack)
         try:
-            client.info = await asyncio.wait_for(asyncio.shield(client._ready), timeout_s)
+            client._info = await asyncio.wait_for(asyncio.shield(client._ready), timeout_s)
         except TimeoutError as error:
             await client.close(0.0)
             message = f"the engine was not ready after {timeout_s:g} s"
@@ -137,6 +135,12 @@ class EngineClient:
             await client.close(0.0)
             raise
         return client
+
+    @property
+    def info(self) -> EngineInfo:
+        """Sizes of the engine."""
+        assert self._info is not None, "not started"
+        return self._info
 
     # --- requests
 
@@ -239,7 +243,7 @@ class EngineClient:
     # --- messages
 
     def _send(self, frame: bytes) -> None:
-        sent = self._socket.send(frame, zmq.DONTWAIT)
+        sent = asyncio.ensure_future(self._socket.send(frame, zmq.DONTWAIT))
         assert sent.done(), "a send that does not wait was not done"
         error = sent.exception()  # Again: the peer is gone; its exit will be noticed
         if error is not None and not isinstance(error, zmq.Again):
@@ -274,7 +278,7 @@ class EngineClient:
             case Failed(request_id, reason, param):
                 pending = self._pending.pop(request_id or "", None)
                 if pending is not None:
-                    pending.sink(InvalidRequest(reason, param))
+                    self._tell(pending.sink, InvalidRequest(reason, param))
             case Ready(info):
                 if not self._ready.done():
                     self._ready.set_result(info)
@@ -287,7 +291,15 @@ class EngineClient:
             pending.unfinished -= 1
             if pending.unfinished == 0:
                 del self._pending[output.request_id]
-        pending.sink(output)
+        self._tell(pending.sink, output)
+
+    def _tell(self, sink: Sink, news: Output | Exception) -> None:
+        """A fault of one receiver must not keep news from the others."""
+        try:
+            sink(news)
+        except Exception as error:
+            context = {"message": "a receiver of engine outputs failed", "exception": error}
+            self._loop.call_exception_handler(context)
 
     # --- end
 
@@ -295,8 +307,7 @@ class EngineClient:
         """Wait for the process to end, then for its last words, then tell everyone."""
         code = await self._process.exited(self._loop)
         with contextlib.suppress(TimeoutError):
-            limit = 0.0 if code in (0, -signal.SIGKILL) else LAST_WORDS_S
-            await asyncio.wait_for(asyncio.shield(self._ended), limit)
+            await asyncio.wait_for(asyncio.shield(self._ended), LAST_WORDS_S)
         self._reader.cancel()
         self._dead = "the engine was shut down" if self._closing else self._describe_end(code)
         if not self._ready.done():
@@ -304,7 +315,7 @@ class EngineClient:
             self._ready.exception()  # seen, whoever waits
         pending, self._pending = self._pending, {}
         for item in pending.values():
-            item.sink(EngineDead(self._dead))
+            self._tell(item.sink, EngineDead(self._dead))
         for future in self._pongs.values():
             if not future.done():
                 future.set_exception(EngineDead(self._dead))
@@ -331,8 +342,8 @@ class EngineClient:
         if not self._watcher.done():
             self._send(encode(Shutdown(deadline_s)))
             for stop, patience in (
-                (None, deadline_s + KILL_AFTER_S if self.info is not None else 0.0),
-                (signal.SIGTERM, KILL_AFTER_S if self.info is not None else 0.0),
+                (None, deadline_s + KILL_AFTER_S if self._info is not None else 0.0),
+                (signal.SIGTERM, KILL_AFTER_S if self._info is not None else 0.0),
                 (signal.SIGKILL, None),
             ):
                 if stop is not None:
@@ -368,8 +379,9 @@ class _Process:
             start_new_session=True,  # Ctrl-C is for the parent
         )
         assert self._popen.stdin is not None
-        self._popen.stdin.write(msgspec.json.encode(spec) + b"\n")
-        self._popen.stdin.flush()  # stays open: its end tells the child that we are gone
+        with contextlib.suppress(BrokenPipeError):  # it died already: its exit tells why
+            self._popen.stdin.write(msgspec.json.encode(spec) + b"\n")
+            self._popen.stdin.flush()  # stays open: its end tells the child that we are gone
         self._errors = threading.Thread(target=self._relay, name="engine-stderr", daemon=True)
         self._errors.start()
 

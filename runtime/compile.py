@@ -242,6 +242,8 @@ class _Compiler:
                 shutil.copyfile(pooled, work / "regions" / f"{region.name}.pt2")
 
     def manifest(self, program: Program, cut: Any, plan: Any) -> dict[str, Any]:
+        from fxlm.compiler.liveness import activation_costs
+
         weights = {
             node.name: _tensor_spec(node.meta["val"])
             for node in cut.step.nodes
@@ -261,6 +263,7 @@ class _Compiler:
             },
             "checkpoint": self.checkpoint.digest(),
             "weights": {name: weights[name] for name in cut.prepared},
+            "activations": activation_costs(program, plan),
             "caches": [
                 {"num_kv_heads": c.num_kv_heads, "key_dim": c.key_dim, "value_dim": c.value_dim,
                  "dtype": dtype_name(c.dtype)} for c in program.caches

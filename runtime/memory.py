@@ -1,18 +1,16 @@
 """The memory plan: weights, KV bytes, peak activations, and what fits; never by trial runs.
 
-Weights and KV bytes are read off the artifact; activations come from running the graph on
-the meta device, where tensors have sizes but no memory. Not here: allocating (`worker`).
+Weights, KV bytes and the costs of activations are read off the artifact, which got the last
+from the graph (`fxlm.compiler.liveness`). Not here: allocating (`worker`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from fxlm.compiler import graph_json, ops
 from fxlm.compiler.artifact import Artifact
 from fxlm.compiler.errors import InvalidOption, OutOfMemory
 from fxlm.runtime import machine
@@ -80,7 +78,7 @@ def plan_memory(artifact: Artifact, options: EngineOptions) -> MemoryPlan:
     cpu = model["device"] == "cpu"
     batched = options.max_num_batched_tokens or (512 if cpu else 2048)
     rows = options.max_num_seqs + DEFAULT_SCORE_ROWS
-    activations = activation_bytes(artifact, batched, min(rows, options.max_num_seqs))
+    activations = activation_bytes(artifact, batched, rows)
     available, source = _available(cpu)
     longest, why_length = _context(model, options)
     budget, why_budget = _budget(options, available, source, weights + activations, per_token,
@@ -166,87 +164,9 @@ def _fit_context(
 
 
 def activation_bytes(artifact: Artifact, num_tokens: int, num_rows: int) -> int:
-    """Peak bytes alive in one step, from the graphs, on the meta device."""
-    ops.load()
-    fixed = {name: (role, source, layer)
-             for name, role, source, layer in artifact.manifest["step_inputs"]}  # fmt: skip
-    values: dict[str, Any] = _meta_inputs(artifact, fixed, num_tokens, num_rows)
-    runners = {
-        name: graph_json.Runner(artifact.read_json(f"regions/{name}.json"))
-        for name in artifact.manifest["regions"]
-    }
-    peaks: dict[str, int] = {}
-    for call in artifact.manifest["calls"]:
-        region = call["region"]
-        given = dict(zip(runners[region].inputs, (values[n] for n in call["inputs"]), strict=True))
-        peak = _Peak([t for t in given.values() if isinstance(t, torch.Tensor)])
-        results = runners[region].run(given, watch=peak)
-        peaks[region] = max(peaks.get(region, 0), peak.most)
-        values.update(zip(call["outputs"], results, strict=True))
-    between = [v for n, v in values.items() if n not in fixed and isinstance(v, torch.Tensor)]
-    handed = max((v.untyped_storage().nbytes() for v in between), default=0)
-    return max(peaks.values(), default=0) + 3 * handed
-
-
-class _Peak:
-    """Counts bytes of the storages alive after each op; those given are not counted."""
-
-    def __init__(self, given: Sequence[torch.Tensor]) -> None:
-        self._given = {t.untyped_storage()._cdata for t in given}
-        self.most = 0
-
-    def __call__(self, alive: Sequence[Any]) -> None:
-        sizes = {}
-        for value in alive:
-            for tensor in value if isinstance(value, (tuple, list)) else (value,):
-                if isinstance(tensor, torch.Tensor):
-                    storage = tensor.untyped_storage()
-                    if storage._cdata not in self._given:
-                        sizes[storage._cdata] = storage.nbytes()
-        self.most = max(self.most, sum(sizes.values()))
-
-
-def _meta_inputs(
-    artifact: Artifact, fixed: dict[str, tuple[str, str, int]], num_tokens: int, num_rows: int
-) -> dict[str, torch.Tensor]:
-    weights = artifact.weights()
-    caches = artifact.caches()
-    block = int(artifact.manifest["model"]["block_size"])
-    values = {}
-    for name, (role, source, layer) in fixed.items():
-        if role == "weight":
-            spec = weights[source]
-            values[name] = torch.empty_strided(
-                spec.shape, spec.stride, dtype=getattr(torch, spec.dtype), device="meta"
-            )
-        elif role == "cache":
-            cache = caches[layer]
-            dim = cache.key_dim if source == "k" else cache.value_dim
-            shape = (2, cache.num_kv_heads, block, dim)
-            values[name] = torch.empty(shape, dtype=cache.dtype, device="meta")
-        else:
-            values[name] = _meta_step_input(source, num_tokens, num_rows)
-    return values
-
-
-def _meta_step_input(name: str, tokens: int, rows: int) -> torch.Tensor:
-    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-        "input_ids": ((1, tokens), torch.int64),
-        "position_ids": ((1, tokens), torch.int64),
-        "slot_mapping": ((tokens,), torch.int64),
-        "query_start": ((rows + 1,), torch.int32),
-        "seq_lens": ((rows,), torch.int32),
-        "block_table": ((rows, 2), torch.int32),
-        "logits_indices": ((rows,), torch.int64),
-        "sample_floats": ((rows, 6), torch.float32),
-        "sample_ints": ((rows, 5), torch.int64),
-        "adjust_start": ((rows + 1,), torch.int32),
-        "adjust_ids": ((1,), torch.int64),
-        "adjust_counts": ((1,), torch.int32),
-        "adjust_bias": ((1,), torch.float32),
-    }
-    shape, dtype = shapes[name]
-    return torch.empty(shape, dtype=dtype, device="meta")
+    """Peak bytes of one step's activations, from the costs that compiling worked out."""
+    costs = artifact.manifest["activations"]
+    return int(costs["per_token"]) * num_tokens + int(costs["per_row"]) * num_rows
 
 
 def _ladder(longest: int) -> list[int]:

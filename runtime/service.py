@@ -23,14 +23,13 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import zmq
 
 from fxlm.compiler.errors import EngineDead, FxlmError, InvalidRequest
-from fxlm.runtime.engine import Engine
 from fxlm.runtime.messages import (
     Abort,
     Failed,
@@ -48,9 +47,13 @@ from fxlm.runtime.messages import (
 )
 from fxlm.runtime.transport import ServiceSpec, connect
 
+if TYPE_CHECKING:  # the factory imports what is heavy
+    from fxlm.runtime.engine import Engine
+
 STATS_INTERVAL_S = 0.5
 SIGTERM_DRAIN_S = 30.0
 LINGER_MS = 3000  # for the last words to leave the socket
+MAX_MESSAGES = 1000  # read between two steps
 EXIT_FATAL = 1
 EXIT_ORPHAN = 3
 PR_SET_PDEATHSIG = 1
@@ -63,11 +66,19 @@ class Service:
         engine: built, idle.
         socket: connected to the parent.
         wake_fd: readable when a signal came in; -1 for none.
+        stops: once it is not empty (a signal handler appends to it) the loop drains.
     """
 
-    def __init__(self, engine: Engine, socket: "zmq.Socket[bytes]", wake_fd: int = -1) -> None:
+    def __init__(
+        self,
+        engine: "Engine",
+        socket: "zmq.Socket[bytes]",
+        wake_fd: int = -1,
+        stops: Sequence[int] = (),
+    ) -> None:
         self.engine = engine
         self._socket = socket
+        self._stops = stops
         self._poller = zmq.Poller()
         self._poller.register(socket, zmq.POLLIN)
         self._wake_fd = wake_fd
@@ -90,6 +101,7 @@ class Service:
             self._receive(block=not busy and self._deadline is None)
             if self._drained():
                 self._send_stats()
+                self._send(Failed(None, "the engine was shut down"))
                 return 0
             if self.engine.has_unfinished():
                 try:
@@ -107,6 +119,8 @@ class Service:
         self._deadline = deadline if self._deadline is None else min(deadline, self._deadline)
 
     def _drained(self) -> bool:
+        if self._stops and self._deadline is None:
+            self.drain(SIGTERM_DRAIN_S)
         if self._deadline is None:
             return False
         if time.monotonic() >= self._deadline and self.engine.num_unfinished:
@@ -129,7 +143,7 @@ class Service:
         ready = dict(self._poller.poll(None if block else 0))
         if self._wake_fd in ready:
             os.read(self._wake_fd, 4096)
-        while self._socket in ready:
+        for _ in range(MAX_MESSAGES if self._socket in ready else 0):
             try:
                 frame = self._socket.recv(zmq.NOBLOCK)
             except zmq.Again:
@@ -184,14 +198,14 @@ class Service:
 # --- process
 
 
-def load_factory(name: str) -> Callable[..., Engine]:
+def load_factory(name: str) -> "Callable[..., Engine]":
     """The function called ``module:function``."""
     module, _, function = name.partition(":")
     factory: Callable[..., Engine] = getattr(importlib.import_module(module), function)
     return factory
 
 
-def run_service(spec: ServiceSpec, wake_fd: int = -1, stops: list[int] | None = None) -> int:
+def run_service(spec: ServiceSpec, wake_fd: int = -1, stops: Sequence[int] = ()) -> int:
     """Build the engine, report it, serve; gives the exit code.
 
     Args:
@@ -212,7 +226,7 @@ def run_service(spec: ServiceSpec, wake_fd: int = -1, stops: list[int] | None = 
         info = engine.info()
         info.pid = os.getpid()
         socket.send(encode(Ready(info)))
-        service = _Signalled(engine, socket, wake_fd, [] if stops is None else stops)
+        service = Service(engine, socket, wake_fd, stops)
         try:
             return service.run()
         except Exception as error:  # a fault of ours: tell it before leaving
@@ -221,21 +235,6 @@ def run_service(spec: ServiceSpec, wake_fd: int = -1, stops: list[int] | None = 
     finally:
         socket.close()
         context.term()
-
-
-class _Signalled(Service):
-    """A service that drains when a signal was noted."""
-
-    def __init__(
-        self, engine: Engine, socket: "zmq.Socket[bytes]", wake_fd: int, stops: list[int]
-    ) -> None:
-        super().__init__(engine, socket, wake_fd)
-        self._stops = stops
-
-    def _drained(self) -> bool:
-        if self._stops and self._deadline is None:
-            self.drain(SIGTERM_DRAIN_S)
-        return super()._drained()
 
 
 def _describe(error: Exception) -> str:

@@ -299,12 +299,18 @@ class Run:
 
     def on_news(self, news: Output | Exception) -> None:
         """Called by the engine's client; nothing is raised into it."""
-        try:
-            delta = news if isinstance(news, Exception) else self.on_output(news)
-        except Exception as error:
-            delta = error
-        if delta is not None:
-            self.generation.news.put_nowait(delta)
+        found: Delta | Exception | None
+        if isinstance(news, Exception):  # the whole request was refused or lost
+            found = news
+            for index in list(self.unfinished):
+                self.end(index, "error")
+        else:
+            try:
+                found = self.on_output(news)
+            except Exception as error:
+                found = error
+        if found is not None:
+            self.generation.news.put_nowait(found)
 
     def on_output(self, output: Output) -> Delta | None:
         """An output as news; None for a completion that is over already.

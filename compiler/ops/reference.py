@@ -270,7 +270,7 @@ def _shift_right(value: Tensor, bits: int) -> Tensor:
 
 
 def _logprobs(raw: Tensor, tokens: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    rows, vocabulary = raw.shape
+    vocabulary = raw.shape[1]
     known = (tokens >= 0) & (tokens < vocabulary)
     chosen = raw.gather(1, torch.where(known, tokens, 0)[:, None])
     chosen = torch.where(known[:, None], chosen, NEGATIVE_INFINITY)

@@ -97,13 +97,18 @@ def test_token_buckets() -> None:
     assert token_buckets(1) == (1,)
 
 
+def access_lines(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "fxlm.access"]
+
+
 def test_one_line_a_request(running: Running, caplog: pytest.LogCaptureFixture) -> None:
     """Counts and times, never what was said."""
     caplog.set_level(logging.INFO, "fxlm.access")
     post(running, "/v1/completions", TEXT | {"n": 2}, **{"X-Request-Id": "mine"})
     running.http.get("/health")
     running.http.get("/v1/nothing%0ainjected")
-    done, unknown = [r.message for r in caplog.records if r.name == "fxlm.access"]
+    running.wait(lambda: len(access_lines(caplog)) == 2)
+    done, unknown = access_lines(caplog)
     tokens = 2 * (len(REPLY.encode()) + 1)
     start = f"POST /v1/completions 200 id=mine prompt=2 cached=1 generated={tokens} ttft="
     assert done.startswith(start)

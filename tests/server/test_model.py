@@ -11,7 +11,7 @@ from fxlm.compiler.errors import InvalidModel, InvalidOption
 from fxlm.runtime.launch import EngineSpec
 from fxlm.runtime.messages import EngineInfo
 from fxlm.server import cli
-from fxlm.server.engine import open_model
+from fxlm.server.engine import open_model, sized
 from fxlm.server.served import ServedModel
 
 INFO = EngineInfo(
@@ -46,13 +46,13 @@ def checkpoint(path: Path, **generation: Any) -> Path:
 
 def opened(path: Path, *flags: str) -> ServedModel:
     spec = EngineSpec(factory="", kwargs={}, name="org/name", directory=path, tokenizer=path)
-    return open_model(spec, INFO, cli.parse(["serve", *flags]))
+    return sized(open_model(spec, cli.parse(["serve", *flags])), INFO)
 
 
 def test_open(tmp_path: Path) -> None:
     path = checkpoint(
         tmp_path,
-        eos_token_id=[5, 6],
+        eos_token_id=[5, 6, 300],
         temperature=0.6,
         top_k=20,
         do_sample=True,

@@ -1,0 +1,146 @@
+"""Building and choosing kernels: overrides, no compiler, damage, and every ISA of this CPU."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from fxlm.compiler.errors import InvalidOption
+from fxlm.compiler.ops import build
+
+TESTS = Path(__file__).parent
+
+
+def test_the_best_isa_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FXLM_CPU_ISA", raising=False)
+    avx2 = {"avx2", "fma", "f16c", "bmi2"}
+    avx512 = avx2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+    for flags, best in (
+        (set(), "generic"),
+        (avx2, "avx2"),
+        (avx512, "avx512"),
+        (avx512 | {"avx512_bf16"}, "avx512bf16"),
+        (avx2 | {"avx512f"}, "avx2"),
+    ):
+        monkeypatch.setattr(build, "cpu_flags", lambda flags=flags: frozenset(flags))
+        assert build.usable_isas()[0] == best
+        assert build.usable_isas()[-1] == "generic"
+
+
+def test_an_override_that_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "cpu_flags", frozenset)
+    monkeypatch.setenv("FXLM_CPU_ISA", "avx2")
+    with pytest.raises(InvalidOption, match="this CPU runs generic and reference"):
+        build.usable_isas()
+    monkeypatch.setenv("FXLM_CPU_ISA", "reference")
+    assert build.usable_isas() == []
+
+
+def test_another_machine_has_no_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    assert build.cpu_flags() == frozenset()
+
+
+def test_without_a_compiler_the_references_serve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with caplog.at_level(logging.WARNING):
+        assert build.load_kernels() == "reference"
+    assert "no C++ compiler is on PATH" in caplog.text
+
+
+def test_a_failing_compiler_is_quoted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    compiler = tmp_path / "broken"
+    compiler.write_text("#!/bin/sh\necho out of cheese >&2\nexit 7\n")
+    compiler.chmod(0o700)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert build.load_kernels() == "reference"
+    assert "ended with 7" in caplog.text
+    assert "out of cheese" in caplog.text
+    assert [p.suffix for p in build.cache_root().iterdir() if p.is_dir()] == []  # nothing half done
+
+
+def test_an_unwritable_cache_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert build.load_kernels() == "reference"
+
+
+def test_many_builders_build_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    built: list[str] = []
+
+    def compile_nothing(compiler: str, isa: str, work: Path) -> None:
+        built.append(isa)
+        (work / "done" / build.LIBRARY).write_bytes(b"")
+
+    monkeypatch.setattr(build, "_compile", compile_nothing)
+    with ThreadPoolExecutor(8) as pool:
+        paths = set(pool.map(build.build, ["generic"] * 8))
+    assert built == ["generic"]
+    assert [path.name for path in paths] == [build.LIBRARY]
+
+
+def test_the_key_covers_sources_and_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = {build.key("avx2"), build.key("generic")}
+    monkeypatch.setattr(build, "COMMON", [*build.COMMON, "-g"])
+    keys.add(build.key("generic"))
+    (tmp_path / "one.cpp").write_text("int x;")
+    monkeypatch.setattr(build, "SOURCES", tmp_path)
+    keys.add(build.key("generic"))
+    (tmp_path / "one.cpp").write_text("int y;")
+    keys.add(build.key("generic"))
+    assert len(keys) == 5
+
+
+def test_a_damaged_library_is_built_again(registered: str, tmp_path: Path) -> None:
+    if registered == "reference":
+        pytest.skip("no compiler here")
+    root = build.cache_root()
+    target = tmp_path / "fxlm" / "ops" / build.key(registered)
+    target.mkdir(parents=True)
+    (target / build.LIBRARY).write_bytes(b"no library at all")
+    good = (root / build.key(registered) / build.LIBRARY).read_bytes()
+    script = (
+        "from fxlm.compiler.ops import build\n"
+        "def copy(compiler, isa, work):\n"
+        f"    source = {str(root / build.key(registered) / build.LIBRARY)!r}\n"
+        "    (work / 'done' / build.LIBRARY).write_bytes(open(source, 'rb').read())\n"
+        "build._compile = copy\n"
+        "from fxlm.compiler import ops\n"
+        "print(ops.cpu_implementation())\n"
+    )
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment
+    )
+    assert done.stdout == f"{registered}\n", done.stderr
+    assert (target / build.LIBRARY).read_bytes() == good
+
+
+@pytest.mark.parametrize("isa", [name for name in build.ISAS if name != "generic"] + ["generic"])
+def test_every_isa_passes_the_numeric_tests(isa: str, registered: str) -> None:
+    if build.ISAS[isa].needs - build.cpu_flags() or isa == registered:
+        pytest.skip("this CPU does not run it, or it is what the other tests use")
+    chosen = "kernel or naive_loop or no_bit or plain_python or logprobs or without_a_number"
+    files = [str(TESTS / "test_attention.py"), str(TESTS / "test_sample.py")]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", "-k", chosen, *files],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "FXLM_CPU_ISA": isa},
+        cwd=TESTS.parents[2],
+    )
+    assert done.returncode == 0, done.stdout[-3000:]

@@ -1,0 +1,119 @@
+"""Artifacts in the cache: found again, moved, damaged, made once by several processes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from fxlm.compiler.artifact import open_artifact
+from fxlm.compiler.options import CompileOptions
+from fxlm.compiler.pipeline import graph_pass
+from fxlm.compiler.program import Program
+from fxlm.models.checkpoint import Checkpoint, open_checkpoint
+from fxlm.runtime.compile import Compilation, compile_model
+
+Compile = Callable[..., Compilation]
+
+
+@pytest.fixture
+def checkpoint() -> Checkpoint:
+    return open_checkpoint("bundled-draft")
+
+
+@pytest.fixture
+def build(checkpoint: Checkpoint, tmp_path: Path) -> Compile:
+    def run(**options: object) -> Compilation:
+        return compile_model(
+            checkpoint, CompileOptions(eager=True, **options), cache_dir=tmp_path  # type: ignore[arg-type]
+        )  # fmt: skip
+
+    return run
+
+
+def test_the_second_time_it_is_found(build: Compile) -> None:
+    first, second = build(), build()
+    assert (first.cached, second.cached) == (False, True)
+    assert first.artifact.path == second.artifact.path
+
+
+def test_options_make_another_key(build: Compile) -> None:
+    assert build().artifact.key != build(dtype="float32").artifact.key
+
+
+def test_passes_make_another_key(build: Compile) -> None:
+    @graph_pass
+    def double(program: Program) -> int:
+        head = program.linears("lm_head")[0]
+        with program.graph.inserting_before(head.next):
+            twice = program.call(torch.ops.aten.mul.Scalar, head, 2.0, like=head)
+        head.replace_all_uses_with(twice, delete_user_cb=lambda user: user is not twice)
+        return 1
+
+    changed = build(passes=(double,))
+    assert changed.artifact.key != build().artifact.key
+    assert "double" in [p["name"] for p in changed.artifact.manifest["passes"]]
+
+
+def test_a_disabled_pass_is_not_run(build: Compile) -> None:
+    names = [p["name"] for p in build(disabled=("fuse_qkv",)).artifact.manifest["passes"]]
+    assert "fuse_qkv" not in names
+
+
+def test_damage_is_repaired(build: Compile) -> None:
+    path = build().artifact.path
+    (path / "load.json").write_text("{}")
+    assert not build().cached
+    assert open_artifact(path)
+
+
+def test_it_holds_no_absolute_path_and_no_pickle(build: Compile, tmp_path: Path) -> None:
+    path = build().artifact.path
+    for file in path.rglob("*"):
+        if file.suffix in (".json", ".jinja"):
+            assert str(tmp_path) not in file.read_text()
+        assert file.suffix not in (".pkl", ".pickle", ".pt", ".bin")
+
+
+def test_it_moves(build: Compile, tmp_path: Path) -> None:
+    moved = shutil.move(build().artifact.path, tmp_path / "elsewhere")
+    assert open_artifact(Path(moved)).caches()
+
+
+def test_several_processes_make_it_once(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from fxlm.compiler.options import CompileOptions\n"
+        "from fxlm.models.checkpoint import open_checkpoint\n"
+        "from fxlm.runtime.compile import compile_model\n"
+        "made = compile_model(open_checkpoint('bundled-draft'), CompileOptions(eager=True),\n"
+        "                     cache_dir=Path(sys.argv[1]))\n"
+        "print(made.cached)\n"
+    )
+    runs = [
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    said = [run.communicate()[0].decode().strip() for run in runs]
+    assert sorted(said) == ["False", "True"]
+
+
+def test_serving_needs_neither_inductor_nor_transformers(tmp_path: Path) -> None:
+    code = (
+        "import json, sys; from fxlm.runtime.options import EngineOptions\n"
+        "from fxlm.runtime.worker import build_engine\n"
+        "engine, _, made = build_engine(EngineOptions(model='bundled-draft',\n"
+        "    enforce_eager=True, cache_dir=sys.argv[1], kv_cache_memory_bytes=8 << 20))\n"
+        "names = ('torch._inductor', 'torch._dynamo', 'transformers')\n"
+        "print(json.dumps([made.cached, [n for n in names if n in sys.modules]]))\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    said = [subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout for _ in range(2)]
+    assert json.loads(said[0])[0] is False
+    assert json.loads(said[1]) == [True, []]
