@@ -3,8 +3,9 @@
     python bench/scheduler.py [--output bench/results/scheduler.json]
 
 Prints, per number of running sequences, the median and the 99th percentile of the milliseconds
-that the host spends a decode step, by part; then the same with thousands of requests waiting.
-The targets are 0.3 ms at batch 1 and 1.5 ms at batch 128.
+that the host spends a decode step, by part (the last is encoding the outputs for the wire); then
+the same with thousands of requests waiting. The targets are 0.3 ms at batch 1 and 1.5 ms at
+batch 128.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from typing import Any
 
 from fxlm.runtime.batch import Batch
 from fxlm.runtime.engine import Engine, EngineConfig
+from fxlm.runtime.messages import Output, Tokens, encode
 from fxlm.runtime.request import Request
 from fxlm.runtime.sampling_params import SamplingParams
 from fxlm.runtime.step import StepResult, WorkerSpec
@@ -24,6 +26,7 @@ from fxlm.runtime.step import StepResult, WorkerSpec
 CASES = ((1, 0), (8, 0), (32, 0), (128, 0), (256, 0), (128, 1_000), (128, 10_000))
 PROMPT = 200  # tokens
 WARM = 20  # steps left out
+COLUMNS = ("plan", "fill", "commit", "encode", "total", "total_p99")
 
 
 class NullWorker:
@@ -52,6 +55,7 @@ def make(num_seqs: int, steps: int) -> Engine:
 
 
 def measure(num_seqs: int, num_waiting: int, steps: int, penalties: bool) -> dict[str, Any]:
+    """One row of the table."""
     engine = make(num_seqs, steps)
     params = SamplingParams(max_tokens=None, frequency_penalty=0.5 if penalties else 0.0)
     for number in range(num_seqs + num_waiting):
@@ -61,7 +65,13 @@ def measure(num_seqs: int, num_waiting: int, steps: int, penalties: bool) -> dic
         len(engine.scheduler.running) < num_seqs
     ):
         engine.step()
-    times: dict[str, list[float]] = {"plan": [], "fill": [], "commit": [], "total": []}
+    times: dict[str, list[float]] = {
+        "plan": [],
+        "fill": [],
+        "commit": [],
+        "encode": [],
+        "total": [],
+    }
     for step in range(steps):
         marks = [time.perf_counter()]
         plan = engine.plan()
@@ -71,11 +81,14 @@ def measure(num_seqs: int, num_waiting: int, steps: int, penalties: bool) -> dic
         marks.append(time.perf_counter())
         result = engine.worker.run(engine.batch)
         begin = time.perf_counter()
-        engine.commit(plan, result, [])
+        outputs: list[Output] = []
+        engine.commit(plan, result, outputs)
+        committed = time.perf_counter()
+        encode(Tokens(outputs))
         end = time.perf_counter()
         assert len(plan.decodes) == num_seqs, len(plan.decodes)
         if step >= WARM:
-            parts = [marks[1] - marks[0], marks[2] - marks[1], end - begin]
+            parts = [marks[1] - marks[0], marks[2] - marks[1], committed - begin, end - committed]
             for name, value in zip(times, [*parts, sum(parts)], strict=True):
                 times[name].append(value * 1e3)
     row: dict[str, Any] = {"running": num_seqs, "waiting": num_waiting, "penalties": penalties}
@@ -90,14 +103,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300, help="steps measured per case")
     parser.add_argument("--output", type=Path, help="write the numbers as JSON here")
     options = parser.parse_args()
-    print(f"{'running':>8}{'waiting':>8}{'pen.':>6}{'plan':>9}{'fill':>9}{'commit':>9}", end="")
+    print(
+        f"{'running':>8}{'waiting':>8}{'pen.':>6}{'plan':>9}{'fill':>9}{'commit':>9}{'encode':>9}",
+        end="",
+    )
     print(f"{'total':>9}{'p99':>9}   host ms per decode step, median")
     rows = []
     for num_seqs, num_waiting in CASES:
         for penalties in (False, True) if num_waiting == 0 else (False,):
             row = measure(num_seqs, num_waiting, options.steps, penalties)
             rows.append(row)
-            times = [row[f"{name}_ms"] for name in ("plan", "fill", "commit", "total", "total_p99")]
+            times = [row[f"{name}_ms"] for name in COLUMNS]
             print(f"{num_seqs:8}{num_waiting:8}{'yes' if penalties else 'no':>6}", end="")
             print("".join(f"{value:9.3f}" for value in times), flush=True)
     if options.output:

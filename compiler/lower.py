@@ -49,7 +49,7 @@ def default_options() -> dict[str, Any]:
     """Inductor options that every region is compiled with."""
     return {
         "aot_inductor.package": True,
-        "aot_inductor.compile_wrapper_opt_level": "O1",
+        "aot_inductor.compile_wrapper_opt_level": "O0",
         "size_asserts": False,
         "nan_asserts": False,
     }

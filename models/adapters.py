@@ -30,11 +30,13 @@ def adapt(model: nn.Module) -> None:
     model.register_forward_pre_hook(_remember_positions, with_kwargs=True)
     for module in model.modules():
         name = type(module).__name__
-        if name in _FORWARDS:
-            module.forward = MethodType(_FORWARDS[name], module)
         if _keeps_state(module):
             module.register_forward_pre_hook(_refuse_state)
-        if name in _SCORES:
+        if not type(module).__module__.startswith("transformers.models."):
+            continue  # code of a checkpoint may use the same names for something else
+        if name in _FORWARDS:
+            module.forward = MethodType(_FORWARDS[name], module)
+        if name in _SCORES and hasattr(module, "_attn"):
             module._attn = MethodType(_SCORES[name], module)
         if hasattr(module, "create_position_ids_from_input_ids") and hasattr(module, "padding_idx"):
             module.register_forward_pre_hook(_shift_positions, with_kwargs=True)
@@ -257,6 +259,18 @@ def _gpt_scores(
 _STATEFUL = re.compile(
     r"Mamba\w*(Mixer|Layer)|DeltaNet|LightningAttention|ShortConv|Rglru|^Rwkv\w*Attention|^xLSTMLayer"
 )
+_FAIRSEQ = ("MvpAttention", "TrOCRAttention", "XGLMAttention")
+_BERT = tuple(
+    f"{name}SelfAttention" for name in ("BigBird", "Git", "MegatronBert", "RemBert", "RoFormer")
+)
+# Position embeddings that count from 0 for themselves.
+_COUNTING = (
+    *(f"{name}LearnedPositionalEmbedding"
+      for name in ("Bart", "BigBirdPegasus", "Blenderbot", "BlenderbotSmall", "MBart", "Mvp",
+                   "PLBart", "TrOCR")),
+    "MarianSinusoidalPositionalEmbedding",
+    "PegasusSinusoidalPositionalEmbedding",
+)  # fmt: skip
 _FORWARDS: dict[str, Callable[..., Any]] = {
     **experts.FORWARDS,
     "XGLMSinusoidalPositionalEmbedding": _positions_table,
@@ -265,20 +279,9 @@ _FORWARDS: dict[str, Callable[..., Any]] = {
     "BloomAttention": _bloom,
     "Llama4TextAttention": _llama4,
     "MptAttention": _mpt,
-    **dict.fromkeys(("XGLMAttention", "MvpAttention", "TrOCRAttention"), _fairseq),
-    **dict.fromkeys(
-        ("BigBirdSelfAttention", "GitSelfAttention", "RemBertSelfAttention", "RoFormerSelfAttention", "MegatronBertSelfAttention"), _bert
-    ),
-    **dict.fromkeys(
-        (
-            "BartLearnedPositionalEmbedding", "BigBirdPegasusLearnedPositionalEmbedding",
-            "BlenderbotLearnedPositionalEmbedding", "BlenderbotSmallLearnedPositionalEmbedding",
-            "MBartLearnedPositionalEmbedding", "MarianSinusoidalPositionalEmbedding",
-            "MvpLearnedPositionalEmbedding", "PLBartLearnedPositionalEmbedding",
-            "PegasusSinusoidalPositionalEmbedding", "TrOCRLearnedPositionalEmbedding",
-        ),
-        _positions,
-    ),
+    **dict.fromkeys(_FAIRSEQ, _fairseq),
+    **dict.fromkeys(_BERT, _bert),
+    **dict.fromkeys(_COUNTING, _positions),
 }  # fmt: skip
 _SCORES: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("GPTJAttention", "CodeGenAttention", "GPTNeoXJapaneseAttention"), _scores),

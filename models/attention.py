@@ -114,7 +114,7 @@ def _intersection(functions: tuple[Callable[..., Any], ...]) -> MaskTag:
 
 
 def _union(functions: tuple[Callable[..., Any], ...]) -> MaskTag:
-    """Blocks that see themselves whole are images; of text, which alone comes here, there are none."""
+    """Blocks that see themselves whole are images; fxlm gives text alone, so there are none."""
     rest = [f for f in functions if not f.__qualname__.startswith("blockwise_overlay.")]
     if len(rest) == 1:
         return classify(rest[0])

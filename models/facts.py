@@ -115,6 +115,10 @@ def _as_dict(source: Any) -> Mapping[str, Any]:
     result = dict(config.to_dict())
     attributes = getattr(type(config), "attribute_map", None) or {}
     result.update({alias: result[name] for alias, name in attributes.items() if name in result})
+    for name in (name for names in _SPELLINGS.values() for name in names):
+        value = getattr(config, name, None)  # some numbers are properties
+        if name not in result and value is not None:
+            result[name] = value
     return result
 
 

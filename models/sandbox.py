@@ -163,10 +163,19 @@ def _join_filter(eval_ctx: Any, value: Any, d: str = "", attribute: Any = None) 
 class _Namespace(jinja2.utils.Namespace):
     """``namespace(...)`` that takes no name with an underscore first."""
 
+    def __init__(*args: Any, **kwargs: Any) -> None:  # as Jinja's: ``self`` may be a keyword
+        for name in dict(*args[1:], **kwargs):
+            _plain_name(name)
+        jinja2.utils.Namespace.__init__(*args, **kwargs)
+
     def __setitem__(self, name: str, value: Any) -> None:
-        if name.startswith("_"):
-            raise jinja2.TemplateError(f"a namespace cannot hold {name!r}")
+        _plain_name(name)
         super().__setitem__(name, value)
+
+
+def _plain_name(name: str) -> None:
+    if name.startswith("_"):
+        raise jinja2.TemplateError(f"a namespace cannot hold {name!r}")
 
 
 class _Dict:

@@ -21,6 +21,8 @@ from fxlm.compiler.errors import InvalidModel
 from fxlm.models.checkpoint import read_json
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+# Tokens that an unfinished character may take: four bytes, each a token; more is no text.
+_MAX_WAITING = 4
 # Tokens of the prompt that an incremental decoder looks back on: enough for half a character.
 _LOOK_BACK = 6
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token",
@@ -65,7 +67,9 @@ class Tokenizer:
         named = () if self.eos_token_id is None else (self.eos_token_id,)
         self.eos_token_ids = tuple(dict.fromkeys([*eos_token_ids, *named]))
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
-        self._added = {i: t.content for i, t in backend.get_added_tokens_decoder().items()}
+        added = backend.get_added_tokens_decoder()
+        self._added = {token_id: token.content for token_id, token in added.items()}
+        self._special = {token_id for token_id, token in added.items() if token.special}
         self._decoders = _decoder_types(backend)
 
     @classmethod
@@ -117,8 +121,7 @@ class Tokenizer:
 
     def is_special(self, token_id: int) -> bool:
         """Whether decoding leaves the token out when special tokens are skipped."""
-        added = self.backend.get_added_tokens_decoder().get(token_id)
-        return added is not None and bool(added.special)
+        return token_id in self._special
 
     def id_of(self, token: str) -> int | None:
         """Id of a token, None if it is not in the vocabulary."""
@@ -149,37 +152,52 @@ class IncrementalDecoder:
     ) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
-        self._window = list(prompt_ids[-_LOOK_BACK:])
+        kept = [i for i in prompt_ids[-4 * _LOOK_BACK :] if not self._skips(i)]
+        self._window = kept[-_LOOK_BACK:]
         self._num_read = len(self._window)  # tokens of the window whose text is out
         self._read = self._decode(self._window)
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=self._skip)
 
+    def _skips(self, token_id: int) -> bool:
+        return self._skip and self._tokenizer.is_special(token_id)
+
     def step(self, token_ids: Sequence[int]) -> str:
         """Add tokens; return the text they complete, '' while a character is unfinished."""
         return "".join(self._one(token_id) for token_id in token_ids)
 
     def _one(self, token_id: int) -> str:
+        if self._skips(token_id):
+            return ""
         self._window.append(token_id)
         text = self._decode(self._window)
-        if text.endswith(REPLACEMENT):
+        waiting = len(self._window) - self._num_read
+        if text.endswith(REPLACEMENT) and waiting <= _MAX_WAITING:
             return ""
         return self._take(text)
 
     def _take(self, text: str) -> str:
         """Give out what ``text`` has beyond the text already read, and move the window."""
-        new = text[len(self._read) :] if text.startswith(self._read) else ""
-        if not new and len(text) < len(self._read):  # a decoder that swallows a trailing space
+        known = _common_length(text, self._read)
+        if known == len(text):
             return ""
         self._window = self._window[self._num_read :]
         self._num_read = len(self._window)
         self._read = self._decode(self._window)
-        return new
+        return text[known:]
 
     def flush(self) -> str:
         """The rest at the end of the output; an unfinished character shows as U+FFFD."""
         return self._take(self._decode(self._window))
+
+
+def _common_length(left: str, right: str) -> int:
+    """Length of the common beginning."""
+    if left.startswith(right):
+        return len(right)
+    pairs = enumerate(zip(left, right, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(left), len(right)))
 
 
 def _optional(path: Path) -> dict[str, Any]:

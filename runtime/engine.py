@@ -178,21 +178,27 @@ class Engine:
         plan = self.plan()
         outputs += self._fail(plan)
         if plan.num_tokens:
-            try:
-                result = self.launch(plan)
-            except OutOfMemory as error:
-                outputs += self._lose(plan, str(error))
-            except Exception as error:
-                self.dead = f"{type(error).__name__}: {error}"
-                self._outputs = outputs
-                raise EngineDead(self.dead) from error
-            else:
-                self.commit(plan, result, outputs)
+            self._run(plan, outputs)
         else:
             assert plan.failed or plan.num_preempted or not self._live, "nothing can run"
         if self.config.check:
             self.scheduler.check()
         return outputs
+
+    def _run(self, plan: Plan, outputs: list[Output]) -> None:
+        """Launch and commit; whatever happens, no sequence is left half stepped."""
+        try:
+            result = self.launch(plan)
+            self.commit(plan, result, outputs)
+        except OutOfMemory as error:
+            outputs += self._lose(plan, str(error))
+        except Exception as error:
+            self.dead = f"{type(error).__name__}: {error}"
+            self._outputs = outputs
+            raise EngineDead(self.dead) from error
+        except BaseException:  # Ctrl-C in a notebook: the engine can go on without these
+            self._outputs = outputs + self._lose(plan, "interrupted")
+            raise
 
     def plan(self) -> Plan:
         """Decide what the next step runs; forks join the live sequences here."""
@@ -293,7 +299,7 @@ class Engine:
         return outputs
 
     def _lose(self, plan: Plan, message: str) -> list[Output]:
-        """End every request that had a part in a step that did not fit into memory."""
+        """End every request that had a part in a step that was not finished."""
         outputs = []
         for request_id in {s.request.request_id: None for s in plan.sequences()}:
             outputs += self._end(request_id, "error", message)

@@ -86,7 +86,7 @@ class Service:
             self._poller.register(wake_fd, zmq.POLLIN)
         self._deadline: float | None = None  # of the drain; monotonic seconds
         self._stats_sent = 0.0
-        self._stats_steps = -1
+        self._stats_told: tuple[int, ...] = ()
         self._num_bad = 0
         self._num_polls = 0
 
@@ -184,10 +184,12 @@ class Service:
         return stats
 
     def _send_stats(self) -> None:
-        """Tell the numbers if a step changed them."""
+        """Tell the numbers if they changed."""
         stats = self._stats()
-        if stats.num_steps != self._stats_steps:
-            self._stats_steps = stats.num_steps
+        ended = sum(stats.finished.values())
+        told = stats.num_steps, stats.num_running, stats.num_waiting, ended, stats.num_messages_bad
+        if told != self._stats_told:
+            self._stats_told = told
             self._stats_sent = time.monotonic()
             self._send(stats)
 

@@ -18,7 +18,7 @@ from fxlm.server.auth import OPEN_PATHS, AuthMiddleware
 from fxlm.server.bridge import Bridge, Engine
 from fxlm.server.chat import chat_completions
 from fxlm.server.completions import completions
-from fxlm.server.errors import ApiError, on_error, on_http_error
+from fxlm.server.errors import ApiError, first_line, on_error, on_http_error
 from fxlm.server.metrics import CONTENT_TYPE, Metrics
 from fxlm.server.options import ServerOptions
 from fxlm.server.record import RecordMiddleware
@@ -59,7 +59,7 @@ async def health(request: Request) -> Response:
     """GET /health: 200 while the engine is alive and its heartbeat fresh, else 503 and why."""
     reason = state_of(request).trouble()
     if reason is not None:
-        return ApiError(503, f"Not healthy: {reason}", code="unhealthy").response()
+        return ApiError(503, f"Not healthy: {first_line(reason)}.", code="unhealthy").response()
     return JSONResponse({"status": "ok"})
 
 

@@ -5,6 +5,7 @@ times and counts. Not here: sockets (`fxlm.runtime.client`), text (`fxlm.runtime
 """
 
 import asyncio
+import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Iterator
@@ -20,7 +21,7 @@ from fxlm.runtime.messages import Output, Stats, TokenLogprob
 from fxlm.runtime.outputs import OutputProcessor
 from fxlm.runtime.request import Request
 from fxlm.runtime.sampling_params import SamplingParams
-from fxlm.server.errors import ApiError, unavailable
+from fxlm.server.errors import ApiError, engine_dead, unavailable
 from fxlm.server.metrics import Metrics, Timing
 from fxlm.server.record import Record
 from fxlm.server.served import ServedModel
@@ -30,6 +31,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 Sink = Callable[[Output | Exception], None]
 
+log = logging.getLogger("fxlm.server")
 LONG_TEXT = 4096  # characters from which tokenizing leaves the event loop
 _threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="fxlm-text")
 
@@ -129,10 +131,15 @@ class Bridge:
         self.texts = TokenTexts(served.tokenizer)
         self.live: set[Generation] = set()
         self.num_live = 0  # completions in the engine
+        self.is_logged = False  # the trouble that lasts
 
     def trouble(self) -> str | None:
-        """Why nothing can be generated, or None."""
-        return self.engine.trouble()
+        """Why nothing can be generated, or None; the log is told once."""
+        reason = self.engine.trouble()
+        if reason is not None and not self.is_logged:
+            log.error("the engine is not running: %s", reason)
+        self.is_logged = reason is not None
+        return reason
 
     def generation(self, jobs: list[Job], record: Record) -> "Generation":
         """A generation; nothing is sent before its deltas are asked for."""
@@ -208,7 +215,8 @@ class Generation:
                         num_unfinished -= delta.finish_reason is not None
                         yield delta
             except EngineDead as error:
-                raise unavailable(f"The engine stopped: {error}", "engine_dead", 10) from error
+                self.bridge.trouble()  # the log gets the whole of it
+                raise engine_dead(str(error)) from error
             finally:
                 self.close()
 

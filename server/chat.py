@@ -83,7 +83,7 @@ async def chat_completions(request: Request) -> Response:
 def check_chat(body: ChatRequest, limits: Limits) -> None:
     """Rules between the fields of this endpoint."""
     if body.top_logprobs is not None:
-        if not body.logprobs:
+        if body.top_logprobs > 0 and not body.logprobs:
             message = "top_logprobs requires logprobs to be true."
             raise bad_request(message, "top_logprobs", "invalid_value")
         if not 0 <= body.top_logprobs <= limits.top_logprobs:

@@ -83,6 +83,17 @@ def unavailable(message: str, code: str, retry_after_s: int = 1) -> ApiError:
     return ApiError(503, message, code=code, headers={"Retry-After": str(retry_after_s)})
 
 
+def engine_dead(reason: str) -> ApiError:
+    """The 503 for an engine that is gone. Only the first line of its last words is told: the rest
+    is what the engine printed, and is for the operator."""
+    return unavailable(f"The engine is not running: {first_line(reason)}.", "engine_dead", 10)
+
+
+def first_line(reason: str) -> str:
+    """What may be shown of an engine's last words to whoever asks."""
+    return reason.partition("\n")[0].removesuffix("its last lines:").rstrip("; .")
+
+
 def as_api_error(error: Exception) -> ApiError:
     """Map an error of the lower floors to what the client is told; unknown ones are a 500."""
     if isinstance(error, ApiError):
@@ -90,7 +101,7 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, InvalidRequest):
         return bad_request(str(error), error.param)
     if isinstance(error, EngineDead):
-        return unavailable(f"The engine is not running: {error}", "engine_dead", 10)
+        return engine_dead(str(error))
     if isinstance(error, OutOfMemory):
         return unavailable(str(error), "out_of_memory", 5)
     if isinstance(error, FxlmError):

@@ -15,6 +15,7 @@ import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
@@ -41,8 +42,7 @@ def serve(args: argparse.Namespace, announce: Announce) -> int:
 
     options = server_options(args)
     configure_logging(options.log_level)
-    listener = bind(options)  # before minutes of compiling, not after
-    with listener:
+    with taken(options) as listener:  # before minutes of compiling, not after
         spec = launch.prepare(args)
 
         async def run() -> None:
@@ -52,6 +52,17 @@ def serve(args: argparse.Namespace, announce: Announce) -> int:
 
         asyncio.run(run())
     return 0
+
+
+@contextmanager
+def taken(options: ServerOptions) -> Iterator[socket.socket]:
+    """The address, ours within the block."""
+    with bind(options) as listener:
+        try:
+            yield listener
+        finally:
+            if options.uds is not None:
+                Path(options.uds).unlink(missing_ok=True)
 
 
 def configure_logging(level: str) -> None:

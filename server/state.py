@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from starlette.requests import Request
 
 from fxlm.server.bridge import Bridge
-from fxlm.server.errors import unavailable
+from fxlm.server.errors import engine_dead, unavailable
 from fxlm.server.metrics import Metrics
 from fxlm.server.options import ServerOptions
 from fxlm.server.served import ServedModel
@@ -34,7 +34,7 @@ class ServerState:
             raise unavailable("The server is shutting down.", "shutting_down", 10)
         reason = self.bridge.trouble()
         if reason is not None:
-            raise unavailable(f"The engine is not running: {reason}", "engine_dead", 10)
+            raise engine_dead(reason)
 
 
 def state_of(request: Request) -> ServerState:

@@ -5,6 +5,7 @@ Here is `load`, which registers everything once a process. Nothing here imports 
 artifact is served after a bare ``import torch`` and ``load()``.
 
     fake.py       schemas and shapes of the results
+    grouped.py    the linear layers of experts
     reference.py  plain PyTorch, any device: CUDA for now, and what the kernels are tested against
     build.py      compiles and caches csrc/ for the CPU at hand
     csrc/         the CPU kernels
@@ -24,7 +25,7 @@ _cpu: str = ""
 
 
 def load() -> None:
-    """Register the ops ``fxlm::attention``, ``paged_attention`` and ``sample``; idempotent.
+    """Register every op of namespace ``fxlm``; idempotent.
 
     The CPU kernels are compiled on first use (seconds; cached for the user) and loaded from the
     cache afterwards. Where there is no C++ compiler the PyTorch references serve, with a warning.
@@ -32,6 +33,7 @@ def load() -> None:
     global _library, _cpu
     if _library is not None:
         return
+    import fxlm.compiler.ops.grouped  # noqa: F401  registers its op when imported
     from fxlm.compiler.ops import build, fake
 
     _library = fake.register()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import ViTConfig
 
 from fxlm.compiler.errors import InvalidModel, UnsupportedModel
 from fxlm.models.build import build_model
@@ -81,6 +82,4 @@ def test_what_cannot_be_built(tmp_path: Path) -> None:
     with pytest.raises(InvalidModel, match="no_such_type"):
         build_model(open_checkpoint(path), torch.float32)
     with pytest.raises(UnsupportedModel, match="vit"):
-        from transformers import ViTConfig
-
         build_model(ViTConfig(), torch.float32)

@@ -262,6 +262,17 @@ def test_out_of_memory_fails_the_batch_and_the_engine_goes_on() -> None:
     assert tokens(news["b", 0]) == expect(request("b", 4))
 
 
+def test_an_interrupted_step_ends_its_requests_and_the_engine_goes_on() -> None:
+    engine = make({1: KeyboardInterrupt()}, max_num_batched_tokens=4)  # type: ignore[dict-item]
+    engine.add_request(request("a", 4, n=3, temperature=1.0, seed=3))
+    engine.add_request(request("b", 4))
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    news = drain(engine)
+    assert [news["a", i][-1].message for i in range(3)] == ["interrupted"] * 3
+    assert tokens(news["b", 0]) == expect(request("b", 4))
+
+
 def test_any_other_exception_ends_the_engine_with_its_reason() -> None:
     engine = make({2: RuntimeError("cable cut")})
     engine.add_request(request("a", 4))

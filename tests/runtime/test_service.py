@@ -17,7 +17,7 @@ import zmq
 from fxlm.compiler.errors import EngineDead, InvalidRequest
 from fxlm.runtime import transport
 from fxlm.runtime.client import EngineClient
-from fxlm.runtime.messages import Output, Ping, decode_to_engine, encode
+from fxlm.runtime.messages import Output, Ping, Submit, decode_to_engine, encode
 from fxlm.runtime.request import Request
 from fxlm.runtime.sampling_params import SamplingParams
 from tests.runtime.fake import expect
@@ -103,6 +103,8 @@ def test_leaving_a_stream_aborts_the_request(shared: Shared) -> None:
             pass
         assert item.finish_reason == "abort"
         assert client.num_unfinished == 0
+        while client.stats.num_running or client.stats.finished["abort"] < 2:
+            await asyncio.sleep(0)  # the last change is told without being asked for
 
     shared.run(work)
 
@@ -158,31 +160,27 @@ def test_an_idle_engine_blocks_in_one_poll(shared: Shared) -> None:
     shared.run(work)
 
 
-@pytest.mark.parametrize("how", ["signal", "exit"])
-def test_a_dead_process_ends_every_request_with_its_reason(how: str) -> None:
+def test_a_killed_process_ends_every_request_with_its_reason() -> None:
     async def work() -> None:
-        die_at = 5 if how == "exit" else -1
-        client = await start(sizes=ENDLESS, die_at=die_at)
+        client = await start(sizes=ENDLESS)
         stream = client.stream(endless("a"))
         waiting = asyncio.create_task(collect(client, endless("b")))
         await anext(stream)
-        if how == "signal":
-            os.kill(client.info.pid, signal.SIGKILL)
-        words = "SIGKILL" if how == "signal" else "exit code 9"
+        os.kill(client.info.pid, signal.SIGKILL)
 
         async def rest() -> None:
             async for _ in stream:
                 pass
 
-        with pytest.raises(EngineDead, match=words):
-            await asyncio.wait_for(rest(), 5)
-        with pytest.raises(EngineDead, match=words):
-            await asyncio.wait_for(waiting, 5)
+        with pytest.raises(EngineDead, match="SIGKILL"):
+            await asyncio.wait_for(rest(), 2)
+        with pytest.raises(EngineDead, match="SIGKILL"):
+            await asyncio.wait_for(waiting, 2)
         assert not client.is_alive
-        assert words in (client.trouble() or "")
-        with pytest.raises(EngineDead, match=words):
+        assert "SIGKILL" in (client.trouble() or "")
+        with pytest.raises(EngineDead, match="SIGKILL"):
             client.submit(request("c"), print)
-        with pytest.raises(EngineDead, match=words):
+        with pytest.raises(EngineDead, match="SIGKILL"):
             await client.ping()
         client.abort("a")
         await client.close()
@@ -287,12 +285,15 @@ def test_the_process_dies_with_its_parent() -> None:
     """A parent that is killed in the middle of a request; the pipe tells when the child is gone."""
     script = textwrap.dedent(
         f"""
-        import asyncio, os, signal, sys
-        sys.path.insert(0, {ROOT!r})
-        from tests.runtime.test_service import endless, start, ENDLESS
+        import asyncio, os, signal
+        from fxlm.runtime.client import EngineClient
+        from fxlm.runtime.request import Request
+        from fxlm.runtime.sampling_params import SamplingParams
         async def work():
-            client = await start(sizes=ENDLESS)
-            stream = client.stream(endless("a"))
+            kwargs = {{"sizes": {ENDLESS!r}}}
+            client = await EngineClient.start({FACTORY!r}, kwargs, paths=[{ROOT!r}])
+            params = SamplingParams(max_tokens=None)
+            stream = client.stream(Request(request_id="a", prompt_token_ids=[1], params=params))
             await anext(stream)
             print(client.info.pid, flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
@@ -331,6 +332,4 @@ def test_the_wire_keeps_every_field() -> None:
         n=2, temperature=0.5, seed=2**62, stop=["a"], logit_bias={3: -1.5}, max_tokens=None
     )
     item = Request(request_id="a", prompt_token_ids=[1], params=params, eos_token_ids=[2])
-    from fxlm.runtime.messages import Submit
-
     assert decode_to_engine(encode(Submit(item))) == Submit(item)

@@ -238,6 +238,24 @@ def test_messages_to_template(client: openai.OpenAI, running: Running) -> None:
     assert prompt == "developer: one\ntwo\nassistant: no\ntool: 4 enable_thinking=False"
 
 
+def test_continue_final_message(client: openai.OpenAI, running: Running) -> None:
+    client.chat.completions.create(
+        model="fake",
+        messages=[*ASK, {"role": "assistant", "content": "Well"}],
+        max_tokens=1,
+        reasoning_effort="low",
+        extra_body={"continue_final_message": True},
+    )
+    prompt = bytes(running.engine.requests[-1].prompt_token_ids).decode()
+    assert prompt == "user: hi\nassistant: Well reasoning_effort=low"
+
+
+def test_long_text(client: openai.OpenAI, running: Running) -> None:
+    """Long texts are tokenized off the event loop, to the same end."""
+    with pytest.raises(openai.BadRequestError, match="8000 input tokens"):
+        client.completions.create(model="fake", prompt="x" * 8000)
+
+
 def test_reply_can_be_sent_back(client: openai.OpenAI) -> None:
     """What the client's own objects dump is accepted as a message."""
     reply = client.chat.completions.create(model="fake", messages=ASK, max_tokens=2)

@@ -12,7 +12,7 @@ import fxlm
 from fxlm.compiler.errors import InvalidModel, InvalidOption
 from fxlm.server import cli
 from fxlm.server.options import KEY_VARIABLE, ServerOptions, server_options, size_bytes
-from fxlm.server.serve import banner, base_url, bind
+from fxlm.server.serve import banner, base_url, bind, taken
 
 HEAVY = ("torch", "transformers", "numpy", "starlette", "uvicorn", "zmq", "jinja2", "tokenizers")
 
@@ -166,9 +166,9 @@ def test_errors_are_sentences(
 
 
 def test_taken_port() -> None:
-    with bind(ServerOptions(port=0)) as taken:
-        taken.listen()
-        port = taken.getsockname()[1]
+    with bind(ServerOptions(port=0)) as held:
+        held.listen()
+        port = held.getsockname()[1]
         with pytest.raises(InvalidOption, match="address already in use; choose another"):
             bind(ServerOptions(port=port))
 
@@ -177,10 +177,13 @@ def test_unix_socket(tmp_path: Any) -> None:
     """One left behind by a dead server is taken over; one that answers is not, nor is a file."""
     path = str(tmp_path / "s")
     bind(ServerOptions(uds=path)).close()
-    with bind(ServerOptions(uds=path)) as taken:
-        taken.listen()
+    with bind(ServerOptions(uds=path)) as held:
+        held.listen()
         with pytest.raises(InvalidOption):
             bind(ServerOptions(uds=path))
+    with taken(ServerOptions(uds=str(tmp_path / "gone"))):
+        assert (tmp_path / "gone").is_socket()
+    assert not (tmp_path / "gone").exists()
     (tmp_path / "file").write_text("keep me")
     with pytest.raises(InvalidOption):
         bind(ServerOptions(uds=str(tmp_path / "file")))

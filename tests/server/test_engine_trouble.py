@@ -2,6 +2,7 @@
 
 import socket
 import threading
+from pathlib import Path
 
 import httpx2
 import openai
@@ -61,7 +62,7 @@ def test_two_hundred_disconnects(running: Running) -> None:
     assert post(running, "/v1/completions", TEXT).status_code == 200
 
 
-def test_engine_death(start: Starter) -> None:
+def test_engine_death(start: Starter, caplog: pytest.LogCaptureFixture) -> None:
     """Running requests, later ones and /health all tell the reason; the server lives on."""
     server = start()
     server.engine.hold = True
@@ -69,13 +70,15 @@ def test_engine_death(start: Starter) -> None:
     stream = client.chat.completions.create(model="fake", messages=ASK, stream=True)
     assert next(iter(stream)).choices[0].delta.role == "assistant"
     assert server.http.get("/health").status_code == 200
-    server.call(lambda: server.engine.die("out of luck"))
+    server.call(lambda: server.engine.die("out of luck; its last lines:\nsecret"))
     with pytest.raises(openai.APIError, match="out of luck"):
         list(stream)
     reply = post(server, "/v1/completions", TEXT)
     assert "out of luck" in check(reply, 503, None, "engine_dead")
     assert reply.headers["retry-after"] == "10"
-    assert "out of luck" in check(server.http.get("/health"), 503, None, "unhealthy")
+    said = check(server.http.get("/health"), 503, None, "unhealthy")
+    assert said == "Not healthy: out of luck."
+    assert caplog.text.count("secret") == 1  # what it printed is for the operator's log alone
     assert server.http.get("/metrics").status_code == 200
 
 
@@ -174,3 +177,10 @@ def test_keep_alive_after_an_error(running: Running) -> None:
         for _ in range(3):
             assert client.post("/v1/completions", content=b"{").status_code == 400
             assert client.post("/v1/completions", json=TEXT).status_code == 200
+
+
+def test_unix_socket(start: Starter, tmp_path: Path) -> None:
+    path = str(tmp_path / "s")
+    start(uds=path)
+    with httpx2.Client(transport=httpx2.HTTPTransport(uds=path)) as client:
+        assert client.post("http://any/v1/completions", json=TEXT).status_code == 200

@@ -9,8 +9,8 @@
 // Whether one thread walks all splits of a tile or many threads one each is decided by load alone
 // and changes no bit; nor does the chunking of a prefill or the company in the batch.
 //
-// Scores of kKeys keys at a time: keys are packed to columns (pairs of columns for bf16 dot
-// products, the layout AMX wants too), then a register-tiled product; no horizontal sums.
+// Scores of kKeys keys at a time: keys are packed to columns, then a register-tiled product
+// (product.h); no horizontal sums.
 
 #include "attention.h"
 
@@ -19,171 +19,18 @@
 #include <vector>
 
 #include "parallel.h"
+#include "product.h"
 
 namespace fxlm {
 namespace {
 
-constexpr int kKeys = 64;    // keys packed at a time
 constexpr int kSplit = 256;  // keys a partial softmax; a multiple of kKeys
 constexpr int kRows = 64;    // rows a tile, unless one group is larger
 constexpr int kMaxRows = 128;
+constexpr int64_t kSerialFloats = 1 << 16;  // folding fewer costs less than waking threads
 constexpr int kValues = 32;  // values a pass of the second product: stays in the first-level cache
-constexpr int kColumns = W == 16 ? 4 : 2;  // vectors a register tile is wide
 
 constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
-
-// ---- register-tiled products: C[m][n] += sum_k A[m][k] B[k][n] ---------------------------------
-
-// Blocks of the cache lie anywhere, so that the hardware cannot tell what comes next. Each B
-// prefetches in its inner loop, a little a step, what will be read after it: memory and arithmetic
-// then overlap. `quiet` is the same B without, for all passes but the first.
-
-// The rows of keys that are packed next, while a product over the present ones runs.
-struct NextKeys {
-  const char* const* rows;  // kKeys of them, or null
-  int bytes_per_step;
-  void prefetch(int step) const {
-    const int steps_per_line = 64 / bytes_per_step, count = kKeys / steps_per_line;
-    const char* const* from = rows + step % steps_per_line * count;
-    for (int i = 0; i < count; ++i) __builtin_prefetch(from[i] + step / steps_per_line * 64);
-  }
-};
-
-// B packed as kKeys columns of floats.
-struct Floats {
-  using A = float;
-  static constexpr int per_step = 1;
-  const float* base;
-  NextKeys next;
-  Floats quiet() const { return {base, {}}; }
-  void prefetch(int k, int column, int) const {
-    if (next.rows != nullptr && column == 0) next.prefetch(k);
-  }
-  vf operator()(int k, int column) const { return load(base + int64_t(k) * kKeys + column); }
-  static vf fma(vf sum, float a, vf b) { return a * b + sum; }
-};
-
-#if defined(__AVX512BF16__)
-// B packed as kKeys columns of bf16 pairs.
-struct Pairs {
-  using A = uint32_t;
-  static constexpr int per_step = 2;
-  const uint32_t* base;
-  NextKeys next;
-  Pairs quiet() const { return {base, {}}; }
-  void prefetch(int k, int column, int) const {
-    if (next.rows != nullptr && column == 0) next.prefetch(k);
-  }
-  vf operator()(int k, int column) const {
-    return bits_load<vf>(base + int64_t(k) * kKeys + column);
-  }
-  static vf fma(vf sum, uint32_t a, vf b) {
-    return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int(a)), (__m512bh)b);
-  }
-};
-#endif
-
-// B as one pointer a row; `ahead` rows further on are prefetched (0: none).
-template <class T>
-struct Rows {
-  using A = float;
-  const T* const* rows;
-  int ahead;
-  Rows quiet() const { return {rows, 0}; }
-  void prefetch(int k, int column, int width) const {
-    if (ahead == 0) return;
-    const T* from = rows[k + ahead] + column;
-    for (int at = 0; at < width; at += 64 / int(sizeof(T))) __builtin_prefetch(from + at);
-  }
-  vf operator()(int k, int column) const { return load(rows[k] + column); }
-  static vf fma(vf sum, float a, vf b) { return a * b + sum; }
-};
-
-template <int M, int N, class B>
-inline __attribute__((always_inline)) void product(const typename B::A* a, int lda, const B& b,
-                                                   int steps, int column, float* c, int ldc) {
-  vf sum[M][N];
-#pragma GCC unroll 8
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) sum[m][n] = load(c + m * ldc + column + n * W);
-#pragma GCC unroll 1
-  for (int k = 0; k < steps; ++k) {
-    b.prefetch(k, column, N * W);
-    vf line[N];
-#pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) line[n] = b(k, column + n * W);
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
-      const typename B::A factor = a[m * lda + k];
-#pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) sum[m][n] = B::fma(sum[m][n], factor, line[n]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) store(c + m * ldc + column + n * W, sum[m][n]);
-}
-
-template <int M, class B>
-void product_columns(const typename B::A* a, int lda, const B& b, int steps, int columns, float* c,
-                     int ldc) {
-  int n = 0;
-  for (; n + kColumns * W <= columns; n += kColumns * W)
-    product<M, kColumns>(a, lda, b, steps, n, c, ldc);
-  for (; n < columns; n += W) product<M, 1>(a, lda, b, steps, n, c, ldc);
-}
-
-// `columns` is a multiple of W.
-template <class B>
-void product_rows(const typename B::A* a, int lda, const B& first, int steps, int columns,
-                  float* c, int ldc, int rows) {
-  B b = first;
-  auto take = [&](auto size) {
-    constexpr int M = decltype(size)::value;
-    product_columns<M>(a, lda, b, steps, columns, c, ldc);
-    a += M * lda;
-    c += M * ldc;
-    rows -= M;
-    b = first.quiet();
-  };
-  while (rows >= 6) take(std::integral_constant<int, 6>{});
-  if (rows >= 4) take(std::integral_constant<int, 4>{});
-  if (rows >= 2) take(std::integral_constant<int, 2>{});
-  if (rows >= 1) take(std::integral_constant<int, 1>{});
-}
-
-// ---- packing ----------------------------------------------------------------------------------
-
-template <class B, class T>
-inline vf load_steps(const T* row, int width) {  // the next W steps of a row, zeros past `width`
-  constexpr int count = W * B::per_step;
-  if constexpr (B::per_step == 1) {
-    return width >= count ? load(row) : load_part(row, width);
-  } else {
-    if (width >= count) return bits_load<vf>(row);
-    T part[count] = {};
-    std::memcpy(part, row, width * sizeof(T));
-    return bits_load<vf>(part);
-  }
-}
-
-// rows[kKeys] of `width` elements -> packed[step][kKeys]; steps are rounded up to W.
-template <class B, class T>
-void pack_keys(const T* const* rows, int width, void* packed) {
-  float* out = static_cast<float*>(packed);
-  for (int first = 0; first < kKeys; first += W)
-    for (int step = 0; step * B::per_step < width; step += W) {
-      const int column = step * B::per_step;
-      vf block[W];
-#pragma GCC unroll 16
-      for (int i = 0; i < W; ++i) block[i] = load_steps<B>(rows[first + i] + column, width - column);
-      transpose(block);
-#pragma GCC unroll 16
-      for (int i = 0; i < W; ++i) store(out + int64_t(step + i) * kKeys + first, block[i]);
-    }
-}
 
 // ---- one tile ---------------------------------------------------------------------------------
 
@@ -509,10 +356,15 @@ void run(const Attention& args) {
       worker.split(tile.low / kSplit + item.split,
                    partials.get() + (tile.partials + item.split * tile.rows) * ld);
   });
-  for_each_item(int64_t(plan.parted.size()), [&](int64_t i) {
+  auto fold = [&](int64_t i) {
     const Tile& tile = plan.tiles[plan.parted[i]];
     Worker<T, B>(args, tile).fold_partials(partials.get() + tile.partials * ld);
-  });
+  };
+  const int64_t count = int64_t(plan.parted.size());
+  if (plan.partial_rows * ld < kSerialFloats)
+    for (int64_t i = 0; i < count; ++i) fold(i);
+  else
+    for_each_item(count, fold);
 }
 
 template <class T>
