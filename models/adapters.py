@@ -35,9 +35,9 @@ def adapt(model: nn.Module) -> None:
         if not type(module).__module__.startswith("transformers.models."):
             continue  # code of a checkpoint may use the same names for something else
         if name in _FORWARDS:
-            module.forward = MethodType(_FORWARDS[name], module)
+            object.__setattr__(module, "forward", MethodType(_FORWARDS[name], module))
         if name in _SCORES and hasattr(module, "_attn"):
-            module._attn = MethodType(_SCORES[name], module)
+            object.__setattr__(module, "_attn", MethodType(_SCORES[name], module))
         if hasattr(module, "create_position_ids_from_input_ids") and hasattr(module, "padding_idx"):
             module.register_forward_pre_hook(_shift_positions, with_kwargs=True)
 

@@ -66,7 +66,7 @@ def build_model(
     _refuse_quantized(config)
     attention.register()
     experts.register()
-    model = _construct(config, dtype, trust_remote_code)
+    model: nn.Module = _construct(config, dtype, trust_remote_code)
     _keep_float32(model, dtype)
     model.requires_grad_(False)
     model.eval()

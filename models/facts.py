@@ -116,17 +116,24 @@ def _as_dict(source: Any) -> Mapping[str, Any]:
     attributes = getattr(type(config), "attribute_map", None) or {}
     result.update({alias: result[name] for alias, name in attributes.items() if name in result})
     for name in (name for names in _SPELLINGS.values() for name in names):
-        value = getattr(config, name, None)  # some numbers are properties
-        if name not in result and value is not None:
+        if name not in result and (value := _attribute(config, name)) is not None:
             result[name] = value
     return result
+
+
+def _attribute(config: Any, name: str) -> Any:
+    """A number that the config computes; None where it has none, or one for each layer."""
+    try:
+        return getattr(config, name, None)
+    except Exception:  # transformers has classes of its own for numbers that differ by layer
+        return None
 
 
 def _first(value: Any) -> int | None:
     """An int, or the largest of a list that has one a layer; None if it is neither."""
     if isinstance(value, (list, tuple)) and value and all(type(v) is int for v in value):
-        return max(value)
-    return value if type(value) is int and value > 0 else None
+        return max(int(v) for v in value)
+    return int(value) if type(value) is int and value > 0 else None
 
 
 def _find(config: Mapping[str, Any], fact: str) -> int | None:

@@ -1,0 +1,88 @@
+"""`fxlm serve` as a process: the real engine behind the real server, by the official client."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from openai import OpenAI
+
+COMMAND = (
+    sys.executable, "-m", "fxlm", "serve", "bundled-draft", "--enforce-eager", "--port", "0",
+    "--dtype", "float32", "--max-num-seqs", "8", "--shutdown-timeout", "2",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[OpenAI]:
+    with subprocess.Popen(COMMAND, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        url = ""
+        for line in process.stdout:  # ends with the process, so a failed start is no hang
+            found = re.match(r"Serving bundled-draft on (http://127\.0\.0\.1:\d+)", line)
+            if found:
+                url = found[1]
+                break
+        assert url, f"the server ended with status {process.wait()}"
+        with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as made:
+            yield made
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == 0
+
+
+def chat(client: OpenAI, question: str, **options: object) -> str:
+    answer = client.chat.completions.create(
+        model="bundled-draft",
+        messages=[{"role": "user", "content": question}],
+        temperature=0,
+        max_tokens=16,
+        **options,  # type: ignore[call-overload]
+    )
+    return str(answer.choices[0].message.content)
+
+
+def test_streaming_gives_the_same_text(client: OpenAI) -> None:
+    whole = chat(client, "What is 2 + 3?")
+    stream = client.chat.completions.create(
+        model="bundled-draft",
+        messages=[{"role": "user", "content": "What is 2 + 3?"}],
+        temperature=0,
+        max_tokens=16,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    chunks = list(stream)
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == whole
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens > 0
+
+
+def test_many_at_once_answer_as_one_alone(client: OpenAI) -> None:
+    questions = [f"What is {i} + 3?" for i in range(12)]
+    alone = [chat(client, q) for q in questions]
+    with ThreadPoolExecutor(12) as pool:
+        assert list(pool.map(lambda q: chat(client, q), questions)) == alone
+
+
+def test_a_repeated_prompt_is_found_in_the_cache(client: OpenAI) -> None:
+    ids = list(range(10, 60))
+    options = {"model": "bundled-draft", "prompt": ids, "max_tokens": 2, "temperature": 0}
+    client.completions.create(**options)
+    again = client.completions.create(**options)
+    assert again.usage is not None
+    assert again.usage.prompt_tokens_details is not None
+    assert again.usage.prompt_tokens_details.cached_tokens == 48
+
+
+def test_logprobs_and_n(client: OpenAI) -> None:
+    answer = client.completions.create(
+        model="bundled-draft", prompt="import os", max_tokens=3, n=2, logprobs=2, seed=1
+    )
+    assert len(answer.choices) == 2
+    assert answer.choices[0].logprobs is not None
+    assert len(answer.choices[0].logprobs.tokens or []) == 3
