@@ -25,7 +25,7 @@ adjust_counts           int32     [N] occurrences in the output; 0 prompt only; 
 adjust_bias             float32   [N] added to the logit
 ======================  ========  ===================================================
 
-Sizes: T tokens, S sequences, R rows, B block columns, N adjust entries (at least 1). N has no
+Sizes, all at least 1: T tokens, S sequences, R rows, B block columns, N adjust entries. N has no
 bound known beforehand: its buffers double when they are too small, and then move.
 """
 
@@ -152,6 +152,8 @@ class Batch:
         for chunk in plan.chunks:
             longest = max(longest, self._fill_chunk(chunk))
         self._fill_table(plan, longest)
+        if not self._step.rows:
+            self._fill_idle_row()
         entries = self._fill_adjusts(plan)
         step = self._step
         self.sizes = Sizes(step.tokens, step.sequences, step.rows, self._width(longest), entries)
@@ -242,6 +244,13 @@ class Batch:
         self.wants_logprobs |= sequence.wants_logprobs
         self._step.rows += 1
 
+    def _fill_idle_row(self) -> None:
+        """A step of unfinished prompts draws nothing, but compiled code wants a row: R >= 1."""
+        self._logits_indices[0] = 0
+        self._sample_floats[0] = SCORE_FLOATS
+        self._sample_ints[0] = (0, 0, self._position_ids[0] + 1, NO_LOGPROBS, 0)
+        self._step.rows = 1
+
     def _fill_table(self, plan: Plan, longest: int) -> None:
         width = self._width(longest)
         slots = [sequence.slot for sequence in plan.decodes]
@@ -269,7 +278,7 @@ class Batch:
                     total = self._put_adjust(draw, total)
                 row += 1
                 starts[row] = total
-        assert row == rows, (row, rows)
+        assert max(row, 1) == rows, (row, rows)
         if total == 0:
             self._adjust_ids[0] = self._adjust_counts[0] = self._adjust_bias[0] = 0
         return max(total, 1)

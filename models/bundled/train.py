@@ -1,7 +1,8 @@
 """Train the bundled model and its draft: `python -m fxlm.models.bundled.train`.
 
 Half the rows are Python text, half are conversations on which loss is taken
-on the assistant's answers alone. Hidden matrices are stepped by Muon, the
+on the assistant's answers alone; the conversations are at first mostly of the
+kinds that copy, and three quarters of the rows at the end. Hidden matrices are stepped by Muon, the
 rest by AdamW; the rate is held and then falls linearly to zero (WSD), so a
 run can be lengthened by resuming from the checkpoint kept where the fall
 began. The draft learns the main model's distribution beside the text.
@@ -84,6 +85,16 @@ SHAPES: dict[str, Shape] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """The batches of a stretch of training. `copying`: chat rows mostly copy."""
+
+    rows: int
+    num_chat: int
+    length: int
+    copying: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """The budget and the batch. Just one of `minutes` and `tokens` is set."""
 
@@ -94,13 +105,17 @@ class Plan:
     warmup_steps: int = 100
     copying_until: float = 0.4
     decay_from: float = 0.7
-    long_from: float = 0.93
+    long_from: float = 0.95
     long_length: int = 1024
 
-    def kind(self, share: float) -> tuple[int, bool]:
-        """The row length, and whether the chat rows mostly copy, at this share."""
+    def phase(self, share: float) -> Phase:
+        """What the batches are at this share: see the module docstring."""
         length = self.long_length if share >= self.long_from else self.length
-        return length, share < self.copying_until
+        rows = self.batch_tokens // length
+        num_chat = rows * 3 // 4 if share >= self.decay_from else rows // 2
+        return Phase(
+            rows=rows, num_chat=num_chat, length=length, copying=share < self.copying_until
+        )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -155,17 +170,17 @@ def positions_in_document(tokens: Tensor) -> Tensor:
 
 
 class Batches:
-    """Batches of one row length: half text rows, half chat rows, fixed sizes."""
+    """Batches of one row length, chat rows and then text rows, fixed sizes."""
 
-    def __init__(
-        self, corpora: Corpora, *, rows: int, length: int, copying: bool, seed: int
-    ) -> None:
-        self.stream, self.rows, self.length = corpora.stream, rows, length
-        self.kind = (length, copying)
-        self.chat = packed_chat(corpora.tokenizer, seed=seed, length=length, copying=copying)
+    def __init__(self, corpora: Corpora, phase: Phase, *, seed: int) -> None:
+        self.stream, self.length, self.num_chat = corpora.stream, phase.length, phase.num_chat
+        self.num_text = phase.rows - phase.num_chat
+        self.chat = packed_chat(
+            corpora.tokenizer, seed=seed, length=phase.length, copying=phase.copying
+        )
         self.generator = torch.Generator().manual_seed(seed)
         # Fixed, so that the compiled step sees one shape; 40 % of a chat row is learned.
-        self.num_learned = (rows - rows // 2) * length + int(0.5 * (rows // 2) * length)
+        self.num_learned = self.num_text * self.length + self.num_chat * self.length // 2
 
     def text_rows(self, rows: int) -> Iterator[tuple[list[int], list[bool]]]:
         starts = torch.randint(
@@ -175,13 +190,12 @@ class Batches:
             yield self.stream[start : start + self.length + 1].tolist(), [True] * (self.length + 1)
 
     def __next__(self) -> Batch:
-        num_chat = self.rows // 2
-        pairs = [next(self.chat) for _ in range(num_chat)]
-        pairs += self.text_rows(self.rows - num_chat)
+        pairs = [next(self.chat) for _ in range(self.num_chat)]
+        pairs += self.text_rows(self.num_text)
         tokens = torch.tensor([ids for ids, _ in pairs])
         learned = torch.tensor([flags for _, flags in pairs])[:, 1:]  # of the target
         weight = torch.ones(learned.shape)
-        weight[:num_chat] = CHAT_TOKEN_WEIGHT
+        weight[: self.num_chat] = CHAT_TOKEN_WEIGHT
         positions = learned.reshape(-1).nonzero()[:, 0][-self.num_learned :]
         weights = weight.reshape(-1)[positions]
         short = self.num_learned - len(positions)
@@ -339,12 +353,11 @@ def report(run: Run, plan: Plan, corpora: Corpora, work: Path) -> None:
 def train(run: Run, plan: Plan, corpora: Corpora, loss: Loss, work: Path) -> None:
     """Step until the budget is spent."""
     progress = run.progress
-    batches: Batches | None = None
+    phase: Phase | None = None
     while (share := progress.share(plan)) < 1.0:
-        kind = plan.kind(share)
-        if batches is None or batches.kind != kind:
-            rows, seed = plan.batch_tokens // kind[0], 1000 + progress.step
-            batches = Batches(corpora, rows=rows, length=kind[0], copying=kind[1], seed=seed)
+        if phase != plan.phase(share):
+            phase = plan.phase(share)
+            batches = Batches(corpora, phase, seed=1000 + progress.step)
         started = time.monotonic()
         value = take_step(run, loss, next(batches), rate_scale(share, progress.step, plan))
         progress.active_s += min(LONGEST_STEP_S, time.monotonic() - started)

@@ -40,7 +40,7 @@ CHATS: list[list[dict[str, Any]]] = [
     [{"role": "user", "content": " hi <|im_end|> \n"}],
     [
         {"role": "user", "content": "a"},
-        {"role": "assistant", "content": "b", "reasoning": "why", "name": None},
+        {"role": "assistant", "content": "b", "reasoning_content": "why", "name": None},
         {"role": "user", "content": "ünï 🦊"},
     ],
     [
@@ -168,6 +168,13 @@ def test_hostile_templates_end_as_a_bad_request(source: str, words: str) -> None
         template.render(CHATS[0])
     assert words in str(error.value)
     assert error.value.param == "messages"
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_has_several_names(field: str) -> None:
+    template = ChatTemplate("{{ messages[0].reasoning_content }}{{ messages[0].thinking }}")
+    message = {"role": "assistant", "content": "x", field: "why"}
+    assert template.render([message]) == "whywhy"
 
 
 def test_bad_arguments_name_themselves() -> None:

@@ -133,7 +133,8 @@ class FakeWorker:
         sizes, limit = batch.sizes, self.spec
         assert 1 <= sizes.tokens <= limit.max_num_batched_tokens
         assert 1 <= sizes.sequences <= limit.max_num_seqs
-        assert sizes.rows <= limit.max_rows
+        assert 1 <= sizes.rows <= limit.max_rows
+        assert sizes.rows == len(arrays["logits_indices"])
         assert all(tensor.is_contiguous() for tensor in batch.tensors().values())
         starts = arrays["query_start"]
         assert starts[0] == 0
