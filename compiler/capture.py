@@ -53,7 +53,7 @@ def capture(model: nn.Module, facts: Facts) -> Program:
     ops.load()
     mode = new_fake_mode()
     buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
-    _fake_parameters(model, mode, facts.device)
+    _fake_tensors(model, mode, facts.device)
     with mode:
         ids = torch.zeros(1, 7, dtype=torch.long, device=facts.device)
         positions = torch.zeros(1, 7, dtype=torch.long, device=facts.device)
@@ -61,17 +61,24 @@ def capture(model: nn.Module, facts: Facts) -> Program:
     return _program(exported, buffers, facts)
 
 
-def _fake_parameters(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> None:
-    """Turn meta parameters into fake ones on ``device``; shared ones stay shared."""
-    memo: dict[int, nn.Parameter] = {}
+def _fake_tensors(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> None:
+    """Turn parameters and buffers into fake ones on ``device``; shared ones stay shared."""
+    memo: dict[int, torch.Tensor] = {}
     for module in model.modules():
-        for name, parameter in list(module._parameters.items()):
-            if parameter is None:
-                continue
-            if id(parameter) not in memo:
-                fake = FakeTensor(mode, parameter.data, device)
-                memo[id(parameter)] = nn.Parameter(fake, requires_grad=False)
-            module._parameters[name] = memo[id(parameter)]
+        for table in (module._parameters, module._buffers):
+            for name, tensor in list(table.items()):
+                if tensor is None:
+                    continue
+                if id(tensor) not in memo:
+                    memo[id(tensor)] = _fake(tensor, mode, device)
+                table[name] = memo[id(tensor)]  # type: ignore[assignment]
+
+
+def _fake(tensor: torch.Tensor, mode: FakeTensorMode, device: torch.device) -> torch.Tensor:
+    fake = FakeTensor(mode, tensor.detach().to("meta"), device)
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(fake, requires_grad=False)
+    return fake
 
 
 def _export(module: nn.Module, ids: torch.Tensor, positions: torch.Tensor) -> Any:

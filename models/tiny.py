@@ -77,6 +77,9 @@ def _shrunk(cls: Any, default: Any, overrides: Mapping[str, Any]) -> dict[str, A
     for name, value in _TOKENS.items():
         if name in fields:
             result[name] = value
+    for name in ("forced_eos_token_id", "forced_bos_token_id"):  # generate() would obey them
+        if name in fields:
+            result[name] = None
     if type(fields.get("qk_rope_head_dim")) is int and "head_dim" in result:
         result["head_dim"] = result["qk_rope_head_dim"]  # MLA: head_dim is that of the rotation
     if type(fields.get("kv_lora_rank")) is int and "num_key_value_heads" in result:
