@@ -39,7 +39,7 @@ def main() -> None:
         context = options.prompt_decode + options.tokens // 2
         moved = plan.weights_bytes + batch * context * plan.kv_bytes_per_token
         row["read_gb"] = moved / 1e9
-        row["share_of_bandwidth"] = moved / 1e9 / row["step_s"] / before  # type: ignore[operator]
+        row["share_of_bandwidth"] = moved / 1e9 / row["step_s"] / before
         rows.append(row)
     after = read_bandwidth_gbs()
     print_table([r for r in rows if r["what"] == "prefill"], title=f"{options.model}: prefill")
@@ -60,6 +60,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", nargs="?", default="bundled")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--device", default="auto")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the prefill")
     parser.add_argument("--prompt-decode", type=int, default=256, help="tokens before decoding")
@@ -73,7 +74,8 @@ def _parse() -> argparse.Namespace:
 
 def _engine_options(options: argparse.Namespace) -> EngineOptions:
     return EngineOptions(
-        model=options.model, dtype=options.dtype, enforce_eager=options.enforce_eager,
+        model=options.model, dtype=options.dtype, device=options.device,
+        enforce_eager=options.enforce_eager,
         enable_prefix_caching=False, max_num_seqs=max(options.batch), seed=0,
         max_num_batched_tokens=max(512, max(options.batch)),
         max_model_len=max(options.prompt, options.prompt_decode + options.tokens) + 16,
