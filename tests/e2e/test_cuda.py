@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from fxlm.models.tiny import write_checkpoint
 from fxlm.runtime.check import check_tokens
 from fxlm.runtime.options import EngineOptions
