@@ -26,10 +26,19 @@ EXTENSIONS = ("avx", "amx", "sse", "fma", "asimd", "sve", "bf16")  # of instruct
 
 
 def factors(
-    checkpoint_digest: str, dtype: str, options: CompileOptions, passes: Sequence[GraphPass]
+    checkpoint_digest: str,
+    dtype: str,
+    options: CompileOptions,
+    passes: Sequence[GraphPass],
+    max_model_len: int | None = None,
 ) -> dict[str, Any]:
-    """Every factor of the key, by name; JSON-able."""
+    """Every factor of the key, by name; JSON-able.
+
+    Args:
+        max_model_len: given only if the model's constants depend on the context.
+    """
     return {
+        "max_model_len": max_model_len,
         "checkpoint": checkpoint_digest,
         "dtype": dtype,
         "block_size": options.block_size,

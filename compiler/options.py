@@ -24,6 +24,8 @@ class CompileOptions:
         device: ``cpu`` or ``cuda``.
         dtype: element type of weights and activations; ``auto`` takes the checkpoint's.
         block_size: tokens per block of the KV cache.
+        max_model_len: context that will be served; decides the artifact only for rotations
+            that depend on it. None: what the model was made for.
         eager: leave the regions uncompiled and interpret them (no C++ compiler needed).
         passes: user passes, added to the default column.
         disabled: names of passes left out.
@@ -33,6 +35,7 @@ class CompileOptions:
     device: str = "cpu"
     dtype: str = "auto"
     block_size: int = 16
+    max_model_len: int | None = None
     eager: bool = False
     passes: tuple[GraphPass, ...] = ()
     disabled: tuple[str, ...] = ()

@@ -17,7 +17,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -60,6 +60,21 @@ class MaskTag:
 
     def __getitem__(self, index: object) -> MaskTag:
         return self
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise UnsupportedModel(
+            f"the model computes with its attention mask (.{name}): it attends, or chooses what to "
+            "attend to, in code of its own"
+        )
+
+    def __radd__(self, scores: object) -> NoReturn:
+        raise UnsupportedModel(
+            "the model adds its attention mask to scores: it attends in code of its own"
+        )
+
+    __add__ = __radd__
 
     def to(self, *args: object, **kwargs: object) -> MaskTag:
         return self

@@ -35,6 +35,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "llama4_text": {
         "num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0], "interleave_moe_layer_step": 2,
     },
+    "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"]},
     "youtu": {"pad_token_id": None},  # transformers zeroes the padding row while it loads
     "gemma3n_text": {"num_hidden_layers": 5, "num_kv_shared_layers": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},

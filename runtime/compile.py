@@ -26,6 +26,7 @@ from fxlm.compiler.options import CompileOptions, resolve_dtype
 from fxlm.compiler.pipeline import GraphPass, disable, order
 from fxlm.compiler.program import Facts, Program
 from fxlm.models.checkpoint import Checkpoint
+from fxlm.models.rope import follows_length
 from fxlm.passes.column import default_column
 
 Report = Callable[[str, float], None]
@@ -85,7 +86,8 @@ def compile_model(
     """
     dtype, _ = resolve_dtype(options.dtype, stored_dtype(checkpoint), options.device)
     column = disable(order(default_column(), options.passes), options.disabled)
-    factors = keys.factors(checkpoint.digest(), dtype_name(dtype), options, column)
+    length = options.max_model_len if follows_length(checkpoint.config) else None
+    factors = keys.factors(checkpoint.digest(), dtype_name(dtype), options, column, length)
     key = keys.digest(factors)
     root = cache_directory(cache_dir)
     path = output or root / "artifacts" / key[:32]
@@ -200,12 +202,15 @@ class _Compiler:
             from fxlm.compiler.pipeline import run
             from fxlm.models.binding import bind
             from fxlm.models.build import build_model
+            from fxlm.models.rope import fix_lengths
         with self.stage("build"):
             trust = self.options.trust_remote_code
             model = build_model(self.checkpoint, self.dtype, trust_remote_code=trust)
+            facts = self.facts(model)
+            fix_lengths(model, self.options.max_model_len or facts.max_position_embeddings)
             binding = bind(self.checkpoint, model)
         with self.stage("capture"):
-            program = capture(model, self.facts(model))
+            program = capture(model, facts)
         raw = {n: _raw_type(self.checkpoint, n) for n in binding.names}
         column = default_column(bind_checkpoint={"convert": binding.convert, "raw": raw})
         with self.stage("passes"):

@@ -129,6 +129,7 @@ def compile_options(options: EngineOptions) -> CompileOptions:
         device=device,
         dtype=options.dtype,
         block_size=options.block_size,
+        max_model_len=options.max_model_len,
         eager=options.enforce_eager,
         passes=tuple(load_pass(p) for p in options.passes),
         disabled=tuple(options.disable_passes),
