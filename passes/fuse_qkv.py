@@ -4,8 +4,8 @@ before:  q = linear(x, wq); k = linear(x, wk); v = linear(x, wv); ... attention(
 after:   y = linear(x, cat([wq, wk, wv])); q, k, v = slices of y; ... attention(q', k', v')
 
 Found from the attention op backwards: whatever stands between (norms, rotary, views) stays.
-Fires once for every attention whose q, k and v come from linears over one input, and not for
-models that store them merged.
+Fires once for all attentions whose q, k and v come from the same linears over one input, and
+not for models that store them merged.
 """
 
 from __future__ import annotations
@@ -20,34 +20,44 @@ from fxlm.passes.merge_linears import merge_linears
 LINEAR = torch.ops.aten.linear.default
 
 
-def _separate(program: Program) -> int:
-    return sum(len(_group(node)) > 1 for node in program.attentions())
+def _mergeable(program: Program) -> int:
+    return len(_groups(program))
 
 
-@graph_pass(expects=_separate)
+@graph_pass(expects=_mergeable)
 def fuse_qkv(program: Program) -> int:
-    """Merge the projections of each attention; returns how many attentions."""
-    return sum(
-        merge_linears(program, group)
-        for group in map(_group, program.attentions())
-        if len(group) > 1
-    )
+    """Merge the projections of each attention; returns how many were merged."""
+    return sum(merge_linears(program, group) for group in _groups(program))
+
+
+def _groups(program: Program) -> list[list[fx.Node]]:
+    """Groups to merge, each once: several attentions may read one projection.
+
+    Left alone are weights that serve in several places (layers run in a loop): merged, each
+    would be held twice.
+    """
+    found = {tuple(group): group for group in map(_group, program.attentions()) if group}
+    return [g for g in found.values() if all(len(_weight(n).users) == 1 for n in g)]
 
 
 def _group(attention: fx.Node) -> list[fx.Node]:
-    """The nearest linears behind q, k and v that share the input of k's, in graph order."""
+    """The linears that q, k and v come from if they share one input, in graph order."""
     sources = [n for n in attention.args[:3] if isinstance(n, fx.Node)]
-    if len(sources) < 3:
+    nearest = [_nearest_linears(source) for source in sources]
+    if len(nearest) < 3 or any(len(linears) != 1 for linears in nearest):
         return []
-    found = [_nearest_linears(source) for source in sources]
-    if any(len(linears) != 1 for linears in found):
+    linears = {linear for part in nearest for linear in part}
+    if len(linears) < 2 or len({linear.args[0] for linear in linears}) > 1:
         return []
-    linears = list(dict.fromkeys(linear for part in found for linear in part))
-    shared = linears[-1].args[0]
-    group = [n for n in linears if n.args[0] is shared]
-    return sorted(group)
+    return sorted(linears)
 
 
 def _nearest_linears(source: fx.Node) -> list[fx.Node]:
     """Linears reached from ``source`` without passing another one."""
     return [n for n in ancestors([source], stop=LINEAR) if n.target is LINEAR]
+
+
+def _weight(linear: fx.Node) -> fx.Node:
+    weight = linear.args[1]
+    assert isinstance(weight, fx.Node), linear.format_node()
+    return weight

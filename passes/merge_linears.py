@@ -4,8 +4,8 @@ before:  a = linear(x, wa); b = linear(x, wb)
 after:   w = cat([wa, wb]); y = linear(x, w); a = slice(y, 0, na); b = slice(y, na, na + nb)
 
 The concatenation is graph code on the weight side, so `hoist` moves it to load time. A linear
-is left alone if its weight depends on tokens, serves elsewhere too (the parts would then be
-held twice), or if only some of the group have a bias.
+is left alone if its weight depends on tokens or serves elsewhere too (the parts would then be
+held twice). A linear without bias among others with one gets zeros.
 """
 
 from __future__ import annotations
@@ -35,10 +35,9 @@ def merge_linears(program: Program, group: list[fx.Node]) -> bool:
         return False
     first = group[0]
     weights = [n.args[1] for n in group]
-    biases = [n.args[2] for n in group if len(n.args) > 2 and n.args[2] is not None]
     with program.graph.inserting_before(first):
         weight = program.call(aten.cat.default, weights, 0, like=first)
-        bias = [program.call(aten.cat.default, biases, 0, like=first)] if biases else []
+        bias = _merged_bias(program, group)
         merged = program.call(aten.linear.default, first.args[0], weight, *bias, like=first)
         begin = 0
         for node in group:
@@ -49,6 +48,22 @@ def merge_linears(program: Program, group: list[fx.Node]) -> bool:
     for node in group:
         program.graph.erase_node(node)
     return True
+
+
+def _merged_bias(program: Program, group: list[fx.Node]) -> list[fx.Node]:
+    """The biases as one, in a list; an empty list if none of the group has one."""
+    given = [n.args[2] if len(n.args) > 2 else None for n in group]
+    known = next((b for b in given if b is not None), None)
+    if known is None:
+        return []
+    first = group[0]
+    parts = [
+        program.call(aten.new_zeros.default, known, [int(n.meta["val"].shape[-1])], like=first)
+        if bias is None
+        else bias
+        for n, bias in zip(group, given, strict=True)
+    ]
+    return [program.call(aten.cat.default, parts, 0, like=first)]
 
 
 def _obstacle(program: Program, group: list[fx.Node]) -> str:
@@ -62,9 +77,6 @@ def _obstacle(program: Program, group: list[fx.Node]) -> str:
             return "a weight depends on tokens"
         if len(weight.users) != 1:
             return "a weight is used elsewhere too"
-    with_bias = [len(n.args) > 2 and n.args[2] is not None for n in group]
-    if any(with_bias) and not all(with_bias):
-        return "only some of the linears have a bias"
     if len({n.args[1].meta["val"].dtype for n in group}) > 1:  # type: ignore[union-attr]
         return "the weights have different types"
     return ""

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from fxlm.models import compat
 from fxlm.models.checkpoint import Checkpoint, open_checkpoint
 from fxlm.runtime.engine import Engine
 from fxlm.runtime.messages import Output
@@ -149,6 +150,7 @@ def reference_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     """Transformers' own model, with its own attention."""
     from transformers import AutoModelForCausalLM
 
+    compat.quiet()
     model = AutoModelForCausalLM.from_pretrained(
         str(checkpoint.path), dtype=dtype, trust_remote_code=checkpoint.trust_remote_code
     )
