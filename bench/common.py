@@ -93,6 +93,7 @@ def _versions() -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
+    found["torch"] = str(torch.__version__)  # names the build; a wheel's metadata may not
     return found
 
 

@@ -67,6 +67,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=32, help="tokens decoded per sequence")
     parser.add_argument("--repeats", type=int, default=5, help="prefills")
     parser.add_argument("--enforce-eager", action="store_true")
+    parser.add_argument("--disable-pass", action="append", default=[], help="leave out a pass")
     parser.add_argument("--name", default="offline", help="of the result file")
     parser.add_argument("--output", type=Path)
     return parser.parse_args()
@@ -75,7 +76,7 @@ def _parse() -> argparse.Namespace:
 def _engine_options(options: argparse.Namespace) -> EngineOptions:
     return EngineOptions(
         model=options.model, dtype=options.dtype, device=options.device,
-        enforce_eager=options.enforce_eager,
+        enforce_eager=options.enforce_eager, disable_passes=tuple(options.disable_pass),
         enable_prefix_caching=False, max_num_seqs=max(options.batch), seed=0,
         max_num_batched_tokens=max(512, max(options.batch)),
         max_model_len=max(options.prompt, options.prompt_decode + options.tokens) + 16,

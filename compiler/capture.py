@@ -16,9 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from fxlm.compiler import ops
 from fxlm.compiler.errors import UnsupportedModel
-from fxlm.compiler.program import Facts, Input, Program, new_fake_mode
-
-MAX_TOKENS = 1 << 20
+from fxlm.compiler.program import MAX_TOKENS, Facts, Input, Program, new_fake_mode
 
 
 class _Logits(nn.Module):
@@ -57,8 +55,8 @@ def capture(model: nn.Module, facts: Facts) -> Program:
     with mode:
         ids = torch.zeros(1, 7, dtype=torch.long, device=facts.device)
         positions = torch.zeros(1, 7, dtype=torch.long, device=facts.device)
-    exported = _export(_Logits(model), ids, positions)
-    return _program(exported, buffers, facts)
+    exported, most = _export(_Logits(model), ids, positions, facts.max_position_embeddings)
+    return _program(exported, buffers, facts, most)
 
 
 def _fake_tensors(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> None:
@@ -81,18 +79,34 @@ def _fake(tensor: torch.Tensor, mode: FakeTensorMode, device: torch.device) -> t
     return fake
 
 
-def _export(module: nn.Module, ids: torch.Tensor, positions: torch.Tensor) -> Any:
-    tokens = torch.export.Dim("T", min=2, max=MAX_TOKENS)
-    shapes = {"input_ids": {1: tokens}, "position_ids": {1: tokens}}
+def _export(
+    module: nn.Module, ids: torch.Tensor, positions: torch.Tensor, context: int
+) -> tuple[Any, int]:
+    """Trace with any number of tokens, or, where the model bounds it, up to its context.
+
+    Returns:
+        The exported program, and the most tokens that it takes.
+    """
     try:
-        with torch.no_grad():
-            return torch.export.export(
-                module, (ids, positions), dynamic_shapes=shapes, strict=False
-            )
+        return _export_up_to(MAX_TOKENS, module, ids, positions), MAX_TOKENS
+    except torch._dynamo.exc.UserError as error:
+        if "Constraints violated" not in str(error) or not 2 < context < MAX_TOKENS:
+            raise UnsupportedModel(_explain(error)) from error
     except UnsupportedModel:
         raise
     except Exception as error:  # whatever model code raises while traced is the model's fault
         raise UnsupportedModel(_explain(error)) from error
+    try:
+        return _export_up_to(context, module, ids, positions), context
+    except torch._dynamo.exc.UserError as error:
+        raise UnsupportedModel(_explain(error)) from error
+
+
+def _export_up_to(most: int, module: nn.Module, ids: torch.Tensor, positions: torch.Tensor) -> Any:
+    tokens = torch.export.Dim("T", min=2, max=most)
+    shapes = {"input_ids": {1: tokens}, "position_ids": {1: tokens}}
+    with torch.no_grad():
+        return torch.export.export(module, (ids, positions), dynamic_shapes=shapes, strict=False)
 
 
 def _explain(error: Exception) -> str:
@@ -107,11 +121,15 @@ def _explain(error: Exception) -> str:
             lines.append(f"{kind}.{code.co_name} at {code.co_filename}:{trace.tb_lineno}")
         trace = trace.tb_next
     where = lines[-1] if lines else "outside the model's source"
-    first = str(error).strip().splitlines()[0] if str(error).strip() else ""
-    return f"the model does not capture: {type(error).__name__}: {first} (in {where})"
+    said = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # The first line of a violated constraint says only that there is one.
+    text = " ".join(said[: 2 if "Constraints violated" in str(error) else 1])
+    return f"the model does not capture: {type(error).__name__}: {text} (in {where})"
 
 
-def _program(exported: Any, buffers: dict[str, torch.Tensor], facts: Facts) -> Program:
+def _program(
+    exported: Any, buffers: dict[str, torch.Tensor], facts: Facts, max_tokens: int
+) -> Program:
     graph = fx.Graph()
     graph.output(graph.graph_copy(exported.graph, {}))
     specs = exported.graph_signature.input_specs
@@ -133,7 +151,12 @@ def _program(exported: Any, buffers: dict[str, torch.Tensor], facts: Facts) -> P
     module = fx.GraphModule(nn.Module(), graph)
     mode = next(iter(graph.nodes)).meta["val"].fake_mode  # export may have made its own
     program = Program(
-        module=module, inputs=inputs, constants=constants, facts=facts, fake_mode=mode
+        module=module,
+        inputs=inputs,
+        constants=constants,
+        facts=facts,
+        fake_mode=mode,
+        max_tokens=max_tokens,
     )
     program.eliminate_dead_code()
     return program

@@ -30,6 +30,7 @@ class CompileOptions:
         passes: user passes, added to the default column.
         disabled: names of passes left out.
         trust_remote_code: run Python that comes with the checkpoint.
+        pack_weights: keep the pass `pack_linears` in the column; None: where it pays.
     """
 
     device: str = "cpu"
@@ -40,6 +41,7 @@ class CompileOptions:
     passes: tuple[GraphPass, ...] = ()
     disabled: tuple[str, ...] = ()
     trust_remote_code: bool = False
+    pack_weights: bool | None = None
 
     def __post_init__(self) -> None:
         if self.dtype != "auto" and self.dtype not in DTYPES:

@@ -34,6 +34,7 @@ class GraphPass:
         requires: passes that must be present, and earlier.
         expects: how often it must fire: a number, or a function of the program before it.
         stage: stage of the program once it has run; ``None`` leaves it.
+        last: a pass of a user that names no place goes before it.
         options: keyword arguments for ``run``.
     """
 
@@ -44,6 +45,7 @@ class GraphPass:
     requires: tuple[str, ...] = ()
     expects: int | Callable[[Program], int] | None = None
     stage: Stage | None = None
+    last: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
     def source_digest(self) -> str:
@@ -72,6 +74,7 @@ def graph_pass(
     requires: str | Sequence[str] = (),
     expects: int | Callable[[Program], int] | None = None,
     stage: Stage | None = None,
+    last: bool = False,
 ) -> Callable[[PassFunction], GraphPass]: ...
 
 
@@ -85,6 +88,7 @@ def graph_pass(
     requires: str | Sequence[str] = (),
     expects: int | Callable[[Program], int] | None = None,
     stage: Stage | None = None,
+    last: bool = False,
 ) -> GraphPass | Callable[[PassFunction], GraphPass]:
     """Make a function a pass.
 
@@ -95,6 +99,8 @@ def graph_pass(
         expects: how often it must fire (a number or a function of the program before it); a
             different count raises `PassError`.
         stage: stage of the program once the pass has run.
+        last: a user's pass that names no place goes before it: for passes that replace ops which
+            others look for.
     """
 
     def wrap(run: PassFunction) -> GraphPass:
@@ -106,6 +112,7 @@ def graph_pass(
             requires=_names(requires),
             expects=expects,
             stage=stage,
+            last=last,
         )
 
     return wrap if function is None else wrap(function)
@@ -115,7 +122,8 @@ def order(column: Iterable[GraphPass], extra: Iterable[GraphPass] = ()) -> list[
     """Merge user passes into the default column.
 
     The column keeps its order; an extra pass goes behind the last pass it must follow, or, if
-    it names none, before the first it must precede, or to the end.
+    it names none, before the first it must precede, or to the end (before passes that are
+    ``last``).
 
     Raises:
         InvalidOption: an unknown name, a name used twice, or an order that cannot be met.
@@ -128,7 +136,7 @@ def order(column: Iterable[GraphPass], extra: Iterable[GraphPass] = ()) -> list[
         for other in (*new.after, *new.before, *new.requires):
             if other not in known:
                 raise InvalidOption("pass", f"{new.name} -> {other}", _suggest(other, known))
-        passes.insert(_position(new, known), new)
+        passes.insert(_position(new, passes), new)
     _check_order(passes)
     return passes
 
@@ -199,12 +207,13 @@ def _settle(program: Program, item: GraphPass) -> None:
     program.module.recompile()
 
 
-def _position(new: GraphPass, known: list[str]) -> int:
+def _position(new: GraphPass, passes: Sequence[GraphPass]) -> int:
+    known = [p.name for p in passes]
     behind = [known.index(n) + 1 for n in (*new.after, *new.requires)]
     if behind:
         return max(behind)
     ahead = [known.index(n) for n in new.before]
-    return min(ahead) if ahead else len(known)
+    return min(ahead) if ahead else len(known) - sum(p.last for p in passes)
 
 
 def _check_order(passes: Sequence[GraphPass]) -> None:

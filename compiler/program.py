@@ -8,6 +8,7 @@ captured (`capture`), rewritten in order (`pipeline`), cut (`hoist`, `outline`) 
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ Role = Literal["step", "weight", "constant", "cache"]
 Stage = Literal["captured", "bound", "paged", "final"]
 
 INT64_MAX = 2**63 - 1
+MAX_TOKENS = 1 << 20  # of a step, unless the model itself takes fewer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,6 +91,7 @@ class Program:
         log: one report a pass.
         misses: near misses of the running pass, shown when it fires too seldom.
         symbols: sizes that change from step to step, by name.
+        max_tokens: most tokens of a step that the graph takes.
     """
 
     module: fx.GraphModule
@@ -101,6 +104,7 @@ class Program:
     log: list[PassReport] = field(default_factory=list)
     misses: list[str] = field(default_factory=list)
     symbols: dict[str, torch.SymInt] = field(default_factory=dict)
+    max_tokens: int = MAX_TOKENS
 
     @property
     def graph(self) -> fx.Graph:
@@ -123,9 +127,8 @@ class Program:
         node = self.graph.call_function(target, args, kwargs)
         node.meta["nn_module_stack"] = like.meta.get("nn_module_stack")
         node.meta["stack_trace"] = like.meta.get("stack_trace")
-        with self.fake_mode:
-            values = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-            node.meta["val"] = target(*values[0], **values[1])
+        with self._evaluating():
+            _evaluate(node)
         return node
 
     def add_input(self, name: str, spec: Input, value: torch.Tensor) -> fx.Node:
@@ -247,11 +250,21 @@ class Program:
 
     def propagate(self) -> None:
         """Compute ``meta["val"]`` of every call anew from the placeholders' values."""
-        with self.fake_mode:
+        with self._evaluating():
             for node in self.graph.nodes:
                 if node.op == "call_function":
-                    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-                    node.meta["val"] = node.target(*args, **kwargs)
+                    _evaluate(node)
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Within: ops are evaluated on fake tensors, composite ones by their Python form.
+
+        Up to torch 2.11 the C++ form of ``linear`` cannot be called on sizes that are symbols.
+        """
+        from torch._dispatch.python import enable_python_dispatcher
+
+        with self.fake_mode, enable_python_dispatcher():
+            yield
 
 
 def new_fake_mode() -> FakeTensorMode:
@@ -281,6 +294,12 @@ def ancestors(nodes: Iterable[fx.Node], stop: Any = None) -> Iterator[fx.Node]:
         yield node
         if stop is None or node.target is not stop:
             todo.extend(node.all_input_nodes)
+
+
+def _evaluate(node: fx.Node) -> None:
+    target: Any = node.target
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    node.meta["val"] = target(*args, **kwargs)
 
 
 def _is_effect(node: fx.Node) -> bool:

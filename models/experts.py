@@ -114,9 +114,25 @@ def _llama4(self: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch
     return self.shared_expert(hidden) + routing.combine(x, None).to(hidden.dtype), logits
 
 
+def _jetmoe_gating(self: Any, hidden_states: torch.Tensor) -> tuple[Any, ...]:
+    """As the original, with ends of groups as a tensor where it has sizes as a list."""
+    logits = self.layer(hidden_states).float()
+    best, index = logits.topk(self.top_k, dim=1)
+    weights = torch.softmax(best, dim=1).type_as(hidden_states)
+    routing = Routing(index, self.num_experts)
+    gates = weights.reshape(-1)[routing.order]
+    return routing.order, routing.order // self.top_k, gates, routing.offsets, logits
+
+
+def _jetmoe(self: Any, inputs: torch.Tensor, offsets: torch.Tensor) -> Any:
+    return torch.ops.fxlm.grouped_linear(inputs, self.weight, offsets)
+
+
 # Families whose experts loop by hand: class -> forward.
 FORWARDS: dict[str, Callable[..., Any]] = {
     "DbrxExperts": _dbrx,
+    "JetMoeParallelExperts": _jetmoe,
+    "JetMoeTopKGating": _jetmoe_gating,
     "LongcatFlashExperts": _longcat,
     "Llama4TextMoe": _llama4,
 }

@@ -11,6 +11,7 @@ from fxlm.passes.cleanup import cleanup
 from fxlm.passes.fuse_gate_up import fuse_gate_up
 from fxlm.passes.fuse_qkv import fuse_qkv
 from fxlm.passes.last_tokens import last_tokens
+from fxlm.passes.pack_linears import pack_linears
 from fxlm.passes.paged_attention import paged_attention
 from fxlm.passes.sample import sample
 
@@ -22,6 +23,7 @@ COLUMN: tuple[GraphPass, ...] = (
     paged_attention,  # attention over block tables; the cache is written in the graph
     last_tokens,  # logits only for the rows that are drawn or scored
     sample,  # token ids leave the graph, logits do not
+    pack_linears,  # weights in panels; left out where it does not pay
 )
 
 REQUIRED = ("bind_checkpoint", "paged_attention", "last_tokens", "sample")

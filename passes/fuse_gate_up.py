@@ -4,6 +4,7 @@ before:  g = linear(x, wg); u = linear(x, wu); y = act(g) * u
 after:   z = linear(x, cat([wg, wu])); y = act(z[..., :n]) * z[..., n:]
 
 Any activation; found by the product whose two factors come from linears over one input.
+Weights that serve in several places (layers run in a loop) are left alone.
 """
 
 from __future__ import annotations
@@ -43,7 +44,15 @@ def _groups(program: Program) -> list[list[fx.Node]]:
         ups = [f for f in factors if f.target is LINEAR]
         if len(gates) != 1 or len(ups) != 1:
             continue
-        gate = gates[0].args[0]
-        if isinstance(gate, fx.Node) and gate.target is LINEAR and gate.args[0] is ups[0].args[0]:
-            groups.append(sorted([gate, ups[0]]))
+        gate, up = gates[0].args[0], ups[0]
+        if not isinstance(gate, fx.Node) or gate.target is not LINEAR:
+            continue
+        if gate.args[0] is up.args[0] and _serves_once(gate) and _serves_once(up):
+            groups.append(sorted([gate, up]))
     return groups
+
+
+def _serves_once(linear: fx.Node) -> bool:
+    """Whether the weight has no other use; merged, it would be held twice."""
+    weight = linear.args[1]
+    return isinstance(weight, fx.Node) and len(weight.users) == 1

@@ -206,30 +206,38 @@ def evaluate(checkpoint_dir: str | Path, *, compiled: bool = True) -> dict[str, 
     Returns:
         ``captured``, ``compiled``, ``tokens_equal`` (bool each), ``reason`` (empty if all).
     """
-    from fxlm.compiler.errors import FxlmError
-
     row: dict[str, Any] = {
         "captured": False, "compiled": False, "tokens_equal": False, "reason": "",
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as cache:
-        for stage, eager in (("captured", True), ("compiled", False)):
-            if eager is False and not compiled:
-                break
-            options = EngineOptions(
-                model=str(checkpoint_dir), enforce_eager=eager, cache_dir=cache,
-                max_num_seqs=8, max_num_batched_tokens=32, kv_cache_memory_bytes=64 << 20,
-            )  # fmt: skip
-            try:
-                result = check_tokens(options)
-            except (FxlmError, RuntimeError, AssertionError, ValueError, TypeError) as error:
-                row["reason"] = f"{stage}: {type(error).__name__}: {error}".splitlines()[0][:300]
-                break
-            row[stage] = True
-            row["tokens_equal"] = result.equal
-            if not result.equal:
-                row["reason"] = (
-                    f"{stage}: {result.num_equal} of {len(result.ours)} prompts equal, logit "
-                    f"margin at the first difference {result.margin:.2e}"
-                )
+        # Compiled first: it shows both. Only a failure needs the interpreter, to tell where.
+        for eager in (False, True) if compiled else (True,):
+            result, reason = _try_tokens(str(checkpoint_dir), cache, eager)
+            row["reason"] = row["reason"] or reason
+            if result is not None:
+                row["captured"] = True
+                row["compiled"] = not eager
+                row["tokens_equal"] = result.equal
                 break
     return row
+
+
+def _try_tokens(model: str, cache: str, eager: bool) -> tuple[TokenCheck | None, str]:
+    """Compare tokens in one way of running; the result or nothing, and what went wrong."""
+    from fxlm.compiler.errors import FxlmError
+
+    way = "interpreted" if eager else "compiled"
+    options = EngineOptions(
+        model=model, enforce_eager=eager, cache_dir=cache, max_num_seqs=8,
+        max_num_batched_tokens=32, kv_cache_memory_bytes=64 << 20,
+    )  # fmt: skip
+    try:
+        result = check_tokens(options)
+    except (FxlmError, RuntimeError, AssertionError, ValueError, TypeError) as error:
+        return None, f"{way}: {type(error).__name__}: {error}".splitlines()[0][:300]
+    if result.equal:
+        return result, ""
+    return result, (
+        f"{way}: {result.num_equal} of {len(result.ours)} prompts equal, logit margin at the "
+        f"first difference {result.margin:.2e}"
+    )

@@ -7,12 +7,13 @@ column, `compiler` everything else. Not here: memory and running (`plan`, `worke
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,16 @@ from fxlm.compiler import artifact as artifacts
 from fxlm.compiler import key as keys
 from fxlm.compiler.artifact import Artifact, dtype_name
 from fxlm.compiler.errors import ArtifactError
+from fxlm.compiler.ops import cpu_implementation
+from fxlm.compiler.ops.build import cpu_flags
 from fxlm.compiler.options import CompileOptions, resolve_dtype
 from fxlm.compiler.pipeline import GraphPass, disable, order
 from fxlm.compiler.program import Facts, Program
 from fxlm.models.checkpoint import Checkpoint
 from fxlm.models.rope import follows_length
 from fxlm.passes.column import default_column
+
+_log = logging.getLogger(__name__)
 
 Report = Callable[[str, float], None]
 
@@ -85,7 +90,10 @@ def compile_model(
         UnsupportedModel, PassError, InvalidOption: the model or the passes are at fault.
     """
     dtype, _ = resolve_dtype(options.dtype, stored_dtype(checkpoint), options.device)
-    column = disable(order(default_column(), options.passes), options.disabled)
+    packs, why = packing(options, dtype)
+    _log.info("weights are %spacked: %s", "" if packs else "not ", why)
+    options = replace(options, pack_weights=packs)
+    column = column_of(options)
     length = options.max_model_len if follows_length(checkpoint.config) else None
     factors = keys.factors(checkpoint.digest(), dtype_name(dtype), options, column, length)
     key = keys.digest(factors)
@@ -212,9 +220,11 @@ class _Compiler:
         with self.stage("capture"):
             program = capture(model, facts)
         raw = {n: _raw_type(self.checkpoint, n) for n in binding.names}
-        column = default_column(bind_checkpoint={"convert": binding.convert, "raw": raw})
+        column = column_of(
+            self.options, bind_checkpoint={"convert": binding.convert, "raw": raw}
+        )
         with self.stage("passes"):
-            run(program, disable(order(column, self.options.passes), self.options.disabled))
+            run(program, column)
         return program
 
     def facts(self, model: Any) -> Facts:
@@ -264,7 +274,7 @@ class _Compiler:
                 "max_position_embeddings": facts.max_position_embeddings,
                 "num_layers": facts.num_layers, "dtype": dtype_name(facts.dtype),
                 "device": facts.device.type, "block_size": facts.block_size,
-                "max_logprobs": facts.max_logprobs,
+                "max_logprobs": facts.max_logprobs, "max_tokens": program.max_tokens,
             },
             "checkpoint": self.checkpoint.digest(),
             "weights": {name: weights[name] for name in cut.prepared},
@@ -341,6 +351,27 @@ def _copy_model_files(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-def column_of(options: CompileOptions) -> list[GraphPass]:
-    """The passes that these options run, in order."""
-    return disable(order(default_column(), options.passes), options.disabled)
+def column_of(options: CompileOptions, **settings: dict[str, Any]) -> list[GraphPass]:
+    """The passes that these options run, in order, with settings of some by name.
+
+    Packing must be resolved; see `packing`.
+    """
+    assert options.pack_weights is not None, options
+    left_out = options.disabled if options.pack_weights else (*options.disabled, "pack_linears")
+    return disable(order(default_column(**settings), options.passes), left_out)
+
+
+def packing(options: CompileOptions, dtype: torch.dtype) -> tuple[bool, str]:
+    """Whether the pass `pack_linears` is in the column, and why."""
+    if options.pack_weights is not None:
+        return options.pack_weights, "asked for"
+    if not options.device.startswith("cpu"):
+        return False, f"there are no kernels for {options.device}"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return False, f"oneDNN serves {dtype_name(dtype)}"
+    if "amx_bf16" in cpu_flags():
+        return False, "this CPU has AMX, which oneDNN uses and our kernels do not yet"
+    isa = cpu_implementation()
+    if isa not in ("avx512bf16", "avx512", "avx2"):
+        return False, f"the kernels of this CPU ({isa}) are not fast"
+    return True, f"the kernels ({isa}) read packed weights as one stream"

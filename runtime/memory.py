@@ -76,7 +76,7 @@ def plan_memory(artifact: Artifact, options: EngineOptions) -> MemoryPlan:
     weights = sum(spec.nbytes for spec in artifact.weights().values())
     per_token = sum(c.bytes_per_token for c in artifact.caches())
     cpu = model["device"] == "cpu"
-    batched = options.max_num_batched_tokens or (512 if cpu else 2048)
+    batched, why_batched = _tokens_per_step(model, options)
     rows = options.max_num_seqs + DEFAULT_SCORE_ROWS
     activations = activation_bytes(artifact, batched, rows)
     available, source = _available(cpu)
@@ -95,8 +95,7 @@ def plan_memory(artifact: Artifact, options: EngineOptions) -> MemoryPlan:
     reasons = (
         ("KV cache", _mib(num_blocks * per_token * block), why_budget),
         ("context", f"{longest} tokens", why_length),
-        ("tokens per step", str(batched), "asked for" if options.max_num_batched_tokens
-         else f"default on {model['device']}"),
+        ("tokens per step", str(batched), why_batched),
         ("sequences per step", str(options.max_num_seqs), ""),
     )  # fmt: skip
     return MemoryPlan(
@@ -104,6 +103,19 @@ def plan_memory(artifact: Artifact, options: EngineOptions) -> MemoryPlan:
         kv_bytes=num_blocks * per_token * block, available_bytes=available, spec=spec,
         reasons=reasons,
     )  # fmt: skip
+
+
+def _tokens_per_step(model: dict[str, Any], options: EngineOptions) -> tuple[int, str]:
+    most = int(model["max_tokens"])
+    asked = options.max_num_batched_tokens
+    if asked is not None and asked > most:
+        raise InvalidOption(
+            "max_num_batched_tokens", asked, f"the graph of this model takes {most} at most"
+        )
+    usual = 512 if model["device"] == "cpu" else 2048
+    if asked is not None:
+        return asked, "asked for"
+    return min(usual, most), f"default on {model['device']}" if usual <= most else "model's bound"
 
 
 def _available(cpu: bool) -> tuple[int, str]:

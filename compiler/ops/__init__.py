@@ -6,6 +6,7 @@ artifact is served after a bare ``import torch`` and ``load()``.
 
     fake.py       schemas and shapes of the results
     grouped.py    the linear layers of experts
+    linear.py     linear layers over packed weights
     reference.py  plain PyTorch, any device: CUDA for now, and what the kernels are tested against
     build.py      compiles and caches csrc/ for the CPU at hand
     csrc/         the CPU kernels

@@ -49,6 +49,7 @@ COMMON = [
 # File -> its own flags. bindings.cpp is torch headers above all: optimizing it costs time alone.
 UNITS = {
     "attention.cpp": ("-O3",),
+    "linear.cpp": ("-O3",),
     "sample.cpp": ("-O3", "-ffp-contract=off"),
     "bindings.cpp": ("-O1",),
 }

@@ -3,18 +3,19 @@
 The same two functions serve as fakes for tracing and as ``Meta`` kernels. Shapes may be symbolic:
 nothing here compares them, so that a dynamic size stays dynamic from 1 up.
 
-``paged_attention`` and ``sample`` have a twin ``*_reference`` of the same schema. The CPU kernels
-call it for what they do not cover (float64), and tests compare the two.
+Every op with a CPU kernel has a twin ``*_reference`` of the same schema. The kernels call it for
+what they do not cover (float64), and tests compare the two.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fxlm.compiler.ops import reference
+from fxlm.compiler.ops import linear, reference
 
 ATTENTION = (
     "(Tensor q, Tensor k, Tensor v, int layer, float scale, int window, int chunk, "
@@ -35,19 +36,30 @@ SAMPLE = (
 def register() -> torch.library.Library:
     """Define the ops and register references and fakes; the result must be kept alive."""
     library = torch.library.Library("fxlm", "DEF")
-    # flexible_layout: every kernel takes any strides, so Inductor need not copy the inputs.
-    tags = (torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag)
     for name, schema, kernel, fake in (
-        ("attention", ATTENTION, reference.attention, attention),
         ("paged_attention", PAGED_ATTENTION, reference.paged_attention, paged_attention),
-        ("paged_attention_reference", PAGED_ATTENTION, reference.paged_attention, paged_attention),
         ("sample", SAMPLE, reference.sample, sample),
-        ("sample_reference", SAMPLE, reference.sample, sample),
+        ("pack_weight", linear.PACK_WEIGHT, linear.pack_weight, linear.fake_pack_weight),
+        ("packed_linear", linear.PACKED_LINEAR, linear.packed_linear, linear.fake_packed_linear),
+        ("packed_rows", linear.PACKED_ROWS, linear.packed_rows, linear.fake_packed_rows),
     ):
-        library.define(name + schema, tags=tags)
-        library.impl(name, kernel, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"fxlm::{name}", fake, lib=library)
+        _register(library, name, schema, kernel, fake)
+        _register(library, f"{name}_reference", schema, kernel, fake)
+    _register(library, "attention", ATTENTION, reference.attention, attention)
     return library
+
+
+def _register(
+    library: torch.library.Library,
+    name: str,
+    schema: str,
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
+) -> None:
+    # flexible_layout: every kernel takes any strides, so Inductor need not copy the inputs.
+    library.define(name + schema, tags=(torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag))
+    library.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fxlm::{name}", fake, lib=library)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:

@@ -41,13 +41,13 @@ CHECKERS: dict[str, Checker] = {
 }
 # Share of each kind in training: more where the answer is harder to compute.
 WEIGHTS: dict[str, int] = {
-    "arithmetic": 42,
-    "reverse": 16,
-    "count": 11,
-    "repeat": 4,
-    "json": 11,
-    "function": 12,
-    "chat": 4,
+    "arithmetic": 46,
+    "reverse": 10,
+    "count": 16,
+    "repeat": 8,
+    "json": 8,
+    "function": 6,
+    "chat": 6,
 }
 # At first, copying: until it is learned, nothing that stands on it can be.
 COPYING_WEIGHTS: dict[str, int] = {

@@ -103,8 +103,8 @@ class Plan:
     batch_tokens: int = 4096
     length: int = 256
     warmup_steps: int = 100
-    copying_until: float = 0.4
-    decay_from: float = 0.7
+    copying_until: float = 0.3
+    decay_from: float
     long_from: float = 0.95
     long_length: int = 1024
 
@@ -400,6 +400,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--model", choices=sorted(SHAPES), default="bundled", help="train the main model first"
     )
+    parser.add_argument(
+        "--decay-from", type=float, default=0.7, help="share of the budget where the rate falls"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -424,7 +427,7 @@ def main() -> None:
         teacher = LlamaForCausalLM.from_pretrained(
             BUNDLED["bundled"], dtype=torch.bfloat16, attn_implementation="eager"
         ).eval()
-    plan = Plan(minutes=given.minutes, tokens=given.tokens)
+    plan = Plan(minutes=given.minutes, tokens=given.tokens, decay_from=given.decay_from)
     train(run, plan, corpora, loss_function(run.model, teacher), given.work)
     export(run.model, corpora.tokenizer, BUNDLED[given.model])
     summary = {

@@ -24,7 +24,7 @@ def artifact() -> Artifact:
     manifest: dict[str, Any] = {
         "model": {
             "device": "cpu", "block_size": 16, "vocab_size": 1000,
-            "max_position_embeddings": 4096,
+            "max_position_embeddings": 4096, "max_tokens": 1024,
         },
         "weights": {"w": {"dtype": "bfloat16", "shape": [50, MIB], "stride": [MIB, 1]}},
         "caches": [cache, cache],
@@ -85,6 +85,13 @@ def test_weights_that_do_not_fit_are_refused(artifact: Artifact) -> None:
 def test_a_context_beyond_the_model_is_refused(artifact: Artifact) -> None:
     with pytest.raises(InvalidOption, match="made for 4096 tokens at most"):
         plan(artifact, max_model_len=4097)
+
+
+def test_a_step_takes_no_more_tokens_than_the_graph(artifact: Artifact) -> None:
+    with pytest.raises(InvalidOption, match="takes 1024 at most"):
+        plan(artifact, max_num_batched_tokens=1025)
+    artifact.manifest["model"]["max_tokens"] = 100
+    assert plan(artifact).spec.max_num_batched_tokens == 100
 
 
 def test_the_text_names_what_fits(artifact: Artifact) -> None:

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "linear.h"
 #include "parallel.h"
 #include "sample.h"
 
@@ -276,10 +277,113 @@ Sampled sample_cpu(Tensor logits, Tensor floats, Tensor ints, Tensor adjust_star
   return {token_ids, logprobs, logprob_ids, ranks};
 }
 
+// ---- linear layers ----------------------------------------------------------------------------
+
+template <size_t N>
+Tensor one_result(const char* name, std::array<StableIValue, N> stack) {
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+  return to<Tensor>(stack[0]);
+}
+
+int32_t type_of(const Tensor& tensor) {
+  int32_t type = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &type));
+  return type;
+}
+
+Tensor pack_weight_cpu(Tensor weight) {
+  const auto dtype = dtype_of(weight);
+  FXLM_CHECK(weight.dim() == 2, "weight is not [N, K]");
+  const int64_t outputs = weight.size(0), inputs = weight.size(1);
+  if (!dtype || (inputs > 1 && weight.stride(1) != 1))
+    return one_result<1>("fxlm::pack_weight_reference", {from(weight)});
+  const int64_t per_step = inputs_per_step(*dtype);
+  Tensor packed = empty_cpu({(outputs + kPanel - 1) / kPanel, (inputs + per_step - 1) / per_step,
+                             kPanel, per_step},
+                            type_of(weight));
+  pack_weight({*dtype, weight.data_ptr(), outputs, inputs, weight.stride(0), packed.data_ptr()});
+  return packed;
+}
+
+void check_packed(const Tensor& packed, Dtype dtype, int64_t inputs) {
+  const int64_t per_step = inputs_per_step(dtype);
+  FXLM_CHECK(packed.dim() == 4 && packed.is_contiguous() && packed.size(2) == kPanel &&
+                 packed.size(3) == per_step &&
+                 packed.size(1) == (inputs + per_step - 1) / per_step,
+             "packed is no packed weight of ", inputs, " inputs");
+}
+
+// Where each row of x [..., K] begins, in elements.
+std::vector<int64_t> row_offsets(const Tensor& x, int64_t count) {
+  std::vector<int64_t> offsets(count);
+  for (int64_t row = 0; row < count; ++row) {
+    int64_t rest = row;
+    for (int64_t i = x.dim() - 2; i >= 0; --i) {
+      offsets[row] += rest % x.size(i) * x.stride(i);
+      rest /= x.size(i);
+    }
+  }
+  return offsets;
+}
+
+Tensor packed_linear_cpu(Tensor x, Tensor packed, MaybeTensor bias, int64_t n) {
+  const auto dtype = dtype_of(x);
+  const auto same = [&](const Tensor& t) { return t.scalar_type() == x.scalar_type(); };
+  if (!dtype || !same(packed) || (bias && !same(*bias)))
+    return one_result<4>("fxlm::packed_linear_reference",
+                         {from(x), from(packed), from(bias), from(n)});
+  FXLM_CHECK(x.dim() >= 1, "x has no dimension");
+  std::vector<int64_t> sizes;
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) sizes.push_back(x.size(i)), rows *= x.size(i);
+  sizes.push_back(n);
+  PackedLinear args{};
+  args.dtype = *dtype;
+  args.inputs = x.size(x.dim() - 1);
+  args.x_stride = x.stride(x.dim() - 1);
+  check_packed(packed, *dtype, args.inputs);
+  FXLM_CHECK(n >= 0 && (n + kPanel - 1) / kPanel == packed.size(0), "packed has ", packed.size(0),
+             " panels, which do not make ", n, " outputs");
+  FXLM_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == n && (n <= 1 || bias->stride(0) == 1)),
+             "bias is not [", n, "] and dense");
+  const auto offsets = row_offsets(x, rows);
+  Tensor out = empty_cpu(sizes, type_of(x));
+  args.x = x.data_ptr();
+  args.rows = offsets.data();
+  args.num_rows = rows;
+  args.outputs = n;
+  args.packed = packed.data_ptr();
+  args.bias = bias ? bias->data_ptr() : nullptr;
+  args.out = out.data_ptr();
+  packed_linear(args);
+  return out;
+}
+
+Tensor packed_rows_cpu(Tensor packed, Tensor ids, int64_t k) {
+  const auto dtype = dtype_of(packed);
+  if (!dtype || ids.scalar_type() != ScalarType::Long || !ids.is_contiguous())
+    return one_result<3>("fxlm::packed_rows_reference", {from(packed), from(ids), from(k)});
+  check_packed(packed, *dtype, k);
+  std::vector<int64_t> sizes;
+  int64_t count = 1;
+  for (int64_t i = 0; i < ids.dim(); ++i) sizes.push_back(ids.size(i)), count *= ids.size(i);
+  sizes.push_back(k);
+  const int64_t* values = static_cast<const int64_t*>(ids.data_ptr());
+  for (int64_t i = 0; i < count; ++i)
+    FXLM_CHECK(values[i] >= 0 && values[i] < packed.size(0) * kPanel, "ids[", i, "] = ", values[i],
+               " of ", packed.size(0) * kPanel, " rows");
+  Tensor out = empty_cpu(sizes, type_of(packed));
+  packed_rows({*dtype, packed.data_ptr(), values, count, k, out.data_ptr()});
+  return out;
+}
+
 }  // namespace
 }  // namespace fxlm
 
 STABLE_TORCH_LIBRARY_IMPL(fxlm, CPU, library) {
+  library.impl("pack_weight", TORCH_BOX(&fxlm::pack_weight_cpu));
+  library.impl("packed_linear", TORCH_BOX(&fxlm::packed_linear_cpu));
+  library.impl("packed_rows", TORCH_BOX(&fxlm::packed_rows_cpu));
   library.impl("paged_attention", TORCH_BOX(&fxlm::paged_attention_cpu));
   library.impl("sample", TORCH_BOX(&fxlm::sample_cpu));
 }

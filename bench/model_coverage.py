@@ -1,6 +1,7 @@
 """Coverage: every causal LM that transformers registers, tiny and random, through fxlm.
 
-    python bench/coverage.py [--only llama,gpt2] [--jobs 2] [--json F] [--markdown docs/models.md]
+    python bench/model_coverage.py [--only llama,gpt2] [--jobs 2] [--compiled]
+        [--json bench/results/coverage.json] [--markdown docs/models.md]
 
 Each model type runs in a process of its own with a time and a memory limit. Stages: built
 (on meta, with a binding of every tensor), captured (``torch.export``, T dynamic), attention
@@ -16,6 +17,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import re
 import resource
 import sys
 import tempfile
@@ -276,7 +278,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "",
         f"Every causal LM that transformers {transformers.__version__} registers ({len(rows)} "
         f"types), as a tiny random model through fxlm with torch {torch.__version__}; made by "
-        "`python bench/coverage.py`.",
+        "`python bench/model_coverage.py --check` (`--compiled` fills the last column).",
         "",
         "| stage | means | models |",
         "|---|---|---|",
@@ -294,7 +296,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     lines = []
     for row in rows:
         marks = ["yes" if row.get(stage) else "" for stage in STAGES]
-        reason = row["reason"].replace("|", "\\|").replace("<", "&lt;")
+        reason = re.sub(r"/\S*site-packages/", "", row["reason"])
+        reason = reason.replace("|", "\\|").replace("<", "&lt;")
         lines.append(f"| {row['model_type']} | " + " | ".join(marks) + f" | {reason} |")
     return "\n".join([*head, *lines, ""])
 
