@@ -259,7 +259,7 @@ class Program:
     def _evaluating(self) -> Iterator[None]:
         """Within: ops are evaluated on fake tensors, composite ones by their Python form.
 
-        Up to torch 2.11 the C++ form of ``linear`` cannot be called on sizes that are symbols.
+        In torch 2.11 the C++ form of ``linear`` cannot be called on sizes that are symbols.
         """
         from torch._dispatch.python import enable_python_dispatcher
 

@@ -3,7 +3,7 @@
 Reads ``tokenizer.json`` and ``tokenizer_config.json`` as transformers' fast tokenizers do,
 without importing transformers (nor torch): the server's process stays light. Where there is
 no ``tokenizer.json`` transformers converts what there is. Not here: chat templates
-(`fxlm.models.chat`), stop strings (`fxlm.runtime.outputs`).
+(`fxlm.models.chat`), text that grows token by token (`fxlm.runtime.detokenize`).
 """
 
 from __future__ import annotations
@@ -20,11 +20,6 @@ from tokenizers.processors import TemplateProcessing
 from fxlm.compiler.errors import InvalidModel
 from fxlm.models.checkpoint import read_json
 
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-# Tokens that an unfinished character may take: four bytes, each a token; more is no text.
-_MAX_WAITING = 4
-# Tokens of the prompt that an incremental decoder looks back on: enough for half a character.
-_LOOK_BACK = 6
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token",
           "mask_token")  # fmt: skip
 _CLEAN = ((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"),
@@ -128,76 +123,9 @@ class Tokenizer:
         found: int | None = self.backend.token_to_id(token)
         return found
 
-    def stream(
-        self, prompt_ids: Sequence[int] = (), skip_special_tokens: bool = True
-    ) -> IncrementalDecoder:
-        """A decoder for one growing output that follows ``prompt_ids``."""
-        return IncrementalDecoder(self, prompt_ids, skip_special_tokens)
-
     def _named(self, name: str) -> int | None:
         token = self.special_tokens.get(name)
         return None if token is None else self.id_of(token)
-
-
-class IncrementalDecoder:
-    """Text of a growing output, token by token, never half a character.
-
-    The new text of a token is the difference of two decodings of a short window, as joining
-    tokens one by one loses spaces. It starts in the prompt, so that a first token keeps the
-    space before it.
-    """
-
-    def __init__(
-        self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = (), skip_special_tokens: bool = True
-    ) -> None:
-        self._tokenizer = tokenizer
-        self._skip = skip_special_tokens
-        kept = [i for i in prompt_ids[-4 * _LOOK_BACK :] if not self._skips(i)]
-        self._window = kept[-_LOOK_BACK:]
-        self._num_read = len(self._window)  # tokens of the window whose text is out
-        self._read = self._decode(self._window)
-
-    def _decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=self._skip)
-
-    def _skips(self, token_id: int) -> bool:
-        return self._skip and self._tokenizer.is_special(token_id)
-
-    def step(self, token_ids: Sequence[int]) -> str:
-        """Add tokens; return the text they complete, '' while a character is unfinished."""
-        return "".join(self._one(token_id) for token_id in token_ids)
-
-    def _one(self, token_id: int) -> str:
-        if self._skips(token_id):
-            return ""
-        self._window.append(token_id)
-        text = self._decode(self._window)
-        waiting = len(self._window) - self._num_read
-        if text.endswith(REPLACEMENT) and waiting <= _MAX_WAITING:
-            return ""
-        return self._take(text)
-
-    def _take(self, text: str) -> str:
-        """Give out what ``text`` has beyond the text already read, and move the window."""
-        known = _common_length(text, self._read)
-        if known == len(text):
-            return ""
-        self._window = self._window[self._num_read :]
-        self._num_read = len(self._window)
-        self._read = self._decode(self._window)
-        return text[known:]
-
-    def flush(self) -> str:
-        """The rest at the end of the output; an unfinished character shows as U+FFFD."""
-        return self._take(self._decode(self._window))
-
-
-def _common_length(left: str, right: str) -> int:
-    """Length of the common beginning."""
-    if left.startswith(right):
-        return len(right)
-    pairs = enumerate(zip(left, right, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(left), len(right)))
 
 
 def _optional(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The tokenizer: ids and text equal to transformers', and text that grows token by token."""
+"""The tokenizer: ids and text equal to transformers'."""
 
 import json
 from pathlib import Path
@@ -59,52 +59,6 @@ def equal(ours: Tokenizer, theirs: Any) -> None:
     assert ours.pad_token_id == theirs.pad_token_id
     known = theirs.special_tokens_map
     assert {k: v for k, v in ours.special_tokens.items() if k in known} == known
-
-
-@pytest.mark.parametrize("kind", ["bpe", "unigram", "wordpiece"])
-def test_stream_gives_the_same_text(kind: str, tmp_path: Path) -> None:
-    save_tokenizer(train_tokenizer(kind), tmp_path, eos_token="</s>")
-    tokenizer = Tokenizer.open(tmp_path)
-    for text in SAMPLES:
-        ids = tokenizer.encode(text)
-        stream = tokenizer.stream()
-        parts = [stream.step([token]) for token in ids]
-        assert all("\ufffd" not in part for part in parts)
-        assert "".join(parts) + stream.flush() == tokenizer.decode(ids)
-
-
-def test_stream_holds_half_a_character(tmp_path: Path) -> None:
-    save_tokenizer(train_tokenizer("bpe"), tmp_path)
-    tokenizer = Tokenizer.open(tmp_path)
-    ids = tokenizer.encode("🐢")
-    assert len(ids) > 1
-    stream = tokenizer.stream()
-    assert stream.step(ids[:-1]) == ""
-    assert stream.step(ids[-1:]) == "🐢"
-    assert stream.flush() == ""
-    cut = tokenizer.stream()
-    assert cut.step(ids[:-1]) == ""
-    assert cut.flush() == "\ufffd"
-
-
-def test_stream_does_not_wait_for_ever(tmp_path: Path) -> None:
-    save_tokenizer(train_tokenizer("bpe"), tmp_path)
-    tokenizer = Tokenizer.open(tmp_path)
-    half = tokenizer.encode("🐢")[0]
-    stream = tokenizer.stream()
-    text = "".join(stream.step([half]) for _ in range(100))
-    assert text.count("\ufffd") >= 90
-    assert stream.step(tokenizer.encode("ok")).endswith("ok")
-
-
-def test_stream_goes_on_from_a_prompt(tmp_path: Path) -> None:
-    save_tokenizer(train_tokenizer("unigram"), tmp_path)
-    tokenizer = Tokenizer.open(tmp_path)
-    ids = tokenizer.encode("one two three")
-    prompt, rest = ids[: len(ids) // 2], ids[len(ids) // 2 :]
-    stream = tokenizer.stream(prompt)
-    text = stream.step(rest) + stream.flush()
-    assert tokenizer.decode(prompt) + text == tokenizer.decode(ids)
 
 
 def test_token_bytes_join_to_the_text(tmp_path: Path) -> None:
