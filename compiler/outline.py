@@ -2,7 +2,8 @@
 
 The step graph is cut at the layers of the module list that holds the attention: what comes
 before (embedding, rotary tables), each layer, what comes after (norm, head, sampling). Regions
-that are the same up to names are kept once. Compile time then does not grow with depth.
+that are the same up to names are kept once. Compile time then does not grow with depth;
+a shallow model, where one region compiles sooner than three, is left whole.
 Regions exchange tensors only; a size that one needs is read off one of its own inputs.
 """
 
@@ -12,11 +13,16 @@ import hashlib
 import re
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 
 from fxlm.compiler.program import module_path
+
+# What compiling one more region costs, in nodes of a graph: each has a wrapper of its own, which
+# takes the C++ compiler about 4 s where a node takes 0.03 s.
+REGION_COST = 130
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,9 +58,27 @@ class Outline:
     results: list[str]
 
 
-def outline(step: fx.Graph) -> Outline:
-    """Cut a step graph into regions; equal ones are merged by digest."""
+def outline(step: fx.Graph, cut: bool | None = None) -> Outline:
+    """Cut a step graph into regions; equal ones are merged by digest.
+
+    Args:
+        step: the step graph.
+        cut: whether to cut at layers; ``None`` leaves it whole where that compiles sooner.
+    """
     ranks = _ranks(step)
+    plan = _outline(step, ranks)
+    if cut is None:
+        cut = _cost(plan) < REGION_COST + len(ranks)
+    return plan if cut else _outline(step, dict.fromkeys(ranks, 0))
+
+
+def _cost(plan: Outline) -> int:
+    """Time to compile, counted in nodes."""
+    return sum(REGION_COST + len(region.graph.nodes) for region in plan.regions)
+
+
+def _outline(step: fx.Graph, ranks: dict[fx.Node, int]) -> Outline:
+    """Regions and calls for a given rank of each node."""
     last = max(ranks.values(), default=0)
     regions: dict[str, Region] = {}
     calls: list[Call] = []
@@ -70,7 +94,8 @@ def outline(step: fx.Graph) -> Outline:
             name = _name(rank, last, [r.name for r in regions.values()])
             regions[digest] = Region(name=name, graph=graph, digest=digest)
         calls.append(Call(region=regions[digest].name, inputs=inputs, outputs=outputs))
-    results = [n.name for n in next(iter(reversed(step.nodes))).args[0]]
+    returned: Any = next(iter(reversed(step.nodes))).args[0]
+    results = [n.name for n in returned]
     return Outline(regions=list(regions.values()), calls=calls, results=results)
 
 

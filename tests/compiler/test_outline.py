@@ -15,10 +15,10 @@ from fxlm.passes.sample import sample
 from tests.programs import captured
 
 
-def outlined(model_type: str, **overrides: object) -> Outline:
+def outlined(model_type: str, cut: bool | None = True, **overrides: object) -> Outline:
     program = pipeline.run(captured(model_type, **overrides), [cleanup, paged_attention,
                                                                last_tokens, sample])  # fmt: skip
-    return outline(hoist(program).step)
+    return outline(hoist(program).step, cut)
 
 
 def test_equal_layers_are_compiled_once() -> None:
@@ -60,3 +60,15 @@ def test_the_digest_depends_on_numbers() -> None:
     a = outlined("llama").regions[1].digest
     b = outlined("llama", rms_norm_eps=1e-3).regions[1].digest
     assert a != b
+
+
+def test_a_shallow_model_is_left_whole() -> None:
+    plan = outlined("llama", None, num_hidden_layers=2)
+    assert [r.name for r in plan.regions] == ["step"]
+    assert len(plan.calls) == 1
+    assert plan.calls[0].outputs == plan.results
+
+
+def test_a_deep_model_is_cut() -> None:
+    plan = outlined("llama", None, num_hidden_layers=12)
+    assert [r.name for r in plan.regions] == ["prologue", "layer", "epilogue"]
