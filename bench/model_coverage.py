@@ -21,6 +21,7 @@ import re
 import resource
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
@@ -278,7 +279,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "",
         f"Every causal LM that transformers {transformers.__version__} registers ({len(rows)} "
         f"types), as a tiny random model through fxlm with torch {torch.__version__}; made by "
-        "`python bench/model_coverage.py --check` (`--compiled` fills the last column).",
+        "`python bench/model_coverage.py --compiled`.",
         "",
         "| stage | means | models |",
         "|---|---|---|",
@@ -302,6 +303,25 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join([*head, *lines, ""])
 
 
+def _known(path: Path | None) -> dict[str, dict[str, Any]]:
+    """Rows of an earlier run, by model type."""
+    if path is None or not path.exists():
+        return {}
+    return {row["model_type"]: row for row in json.loads(path.read_text())["models"]}
+
+
+_writing = threading.Lock()
+
+
+def _write(path: Path, known: dict[str, dict[str, Any]]) -> None:
+    """Write all rows, so that a run that is cut off can be taken up again."""
+    with _writing:
+        rows = [known[name] for name in sorted(known)]
+        text = json.dumps({"totals": totals(rows), "models": rows}, indent=1)
+        path.with_suffix(".part").write_text(text + "\n")
+        path.with_suffix(".part").replace(path)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the coverage and write what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -310,18 +330,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=300, help="limit for each model")
     parser.add_argument("--check", action="store_true", help="serve each model on references")
     parser.add_argument("--compiled", action="store_true", help="and compiled; implies --check")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="results; rows already there are kept")
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args(argv)
     _preload()
     from fxlm.models.tiny import model_types
 
     types = options.only.split(",") if options.only else model_types()
-
     how = {"check": options.check or options.compiled, "compiled": options.compiled}
+    known = _known(options.json)
 
     def one(model_type: str) -> dict[str, Any]:
-        row = run_one(model_type, options.seconds, how)
+        row = known.get(model_type) or run_one(model_type, options.seconds, how)
+        known[model_type] = row
+        if options.json:
+            _write(options.json, known)
         done = next((s for s in reversed(STAGES) if row.get(s)), "-")
         print(f"{model_type:32} {done:10} {row['seconds']:6} s  {row['reason'][:150]}", flush=True)
         return row
@@ -329,8 +352,6 @@ def main(argv: list[str] | None = None) -> int:
     with ThreadPoolExecutor(options.jobs) as pool:
         rows = list(pool.map(one, types))
     print(json.dumps(totals(rows)))
-    if options.json:
-        options.json.write_text(json.dumps({"totals": totals(rows), "models": rows}, indent=1))
     if options.markdown:
         options.markdown.write_text(markdown(rows))
     return 0

@@ -1,19 +1,31 @@
-"""The CPU ops by themselves: attention in decode and prefill, the sampler. ``python bench/ops.py``
+"""The CPU ops by themselves: attention, linear layers, the sampler. ``python bench/ops.py``
 
 Decode reads the whole cache of a sequence once and is stated in GB/s beside the measured read
 bandwidth. Blocks are handed out at random, the worst case of a pool that has run for long: a random
 4 KiB page is slower to reach than the next one, so that the bound is well below the bandwidth of a
 stream. Prefill is stated in GFLOP/s of what the causal mask leaves.
 
+Linear layers have the shapes of Llama-3.2-1B. ``aten.linear`` and the packed op take turns, call by
+call, over enough copies of the weight that none is found in a cache. ``--clock cpu`` with
+``--threads 1`` counts the process's own CPU time: on a machine that others load, a ratio by the
+clock on the wall says little.
+
 Writes ``bench/results/ops.json``. Whole models are measured in ``offline.py``.
 """
 
 import argparse
+import time
 from pathlib import Path
 
 import torch
 
-from common import best_seconds, print_table, read_bandwidth_gbs, write_results
+from common import (
+    best_seconds,
+    matmul_rate_tflops,
+    print_table,
+    read_bandwidth_gbs,
+    write_results,
+)
 from fxlm.compiler import ops
 
 BLOCK = 16
@@ -26,6 +38,11 @@ DECODE = (
     (16, 2048, 1, 14, 2, 64),
 )
 PREFILL = ((1, 0, 1024, 32, 8, 128), (1, 8192, 256, 32, 8, 128))
+# outputs, inputs: qkv, o, gate and up, down, head
+LINEARS = ((3072, 2048), (2048, 2048), (16384, 2048), (2048, 8192), (128256, 2048))
+LINEAR_ROWS = (1, 8, 32, 512)
+COLD_BYTES = 256 << 20  # of weights that are read in turn
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 # name -> temperature, top_p, top_k, num_logprobs
 SAMPLERS = {
     "greedy": (0.0, 1.0, 0, -1),
@@ -69,6 +86,49 @@ def attention(case: tuple[int, ...], dtype: torch.dtype, repeats: int) -> dict[s
     }
 
 
+def linear(
+    shape: tuple[int, int], dtype: torch.dtype, clock: str, repeats: int
+) -> list[dict[str, object]]:
+    """Times of ``aten.linear`` and of the packed op, for each number of rows."""
+    outputs, inputs = shape
+    copies = max(1, COLD_BYTES // (outputs * inputs * dtype.itemsize))
+    plain = [torch.randn(outputs, inputs).to(dtype) for _ in range(copies)]
+    packed = [torch.ops.fxlm.pack_weight(weight) for weight in plain]
+    results = []
+    for rows in LINEAR_ROWS:
+        x = torch.randn(rows, inputs).to(dtype)
+        count = copies if rows < 100 else 1
+        best = [float("inf")] * 2
+        for _ in range(repeats):
+            for weight, panels in zip(plain[:count], packed[:count], strict=True):
+                now = CLOCKS[clock]
+                times = [now()]
+                torch.nn.functional.linear(x, weight)
+                times.append(now())
+                torch.ops.fxlm.packed_linear(x, panels, None, outputs)
+                times.append(now())
+                best = [min(best[i], times[i + 1] - times[i]) for i in range(2)]
+        results.append(_linear_row(shape, rows, dtype, *best))
+    return results
+
+
+def _linear_row(
+    shape: tuple[int, int], rows: int, dtype: torch.dtype, aten: float, packed: float
+) -> dict[str, object]:
+    weights = shape[0] * shape[1]
+    return {
+        "outputs": shape[0],
+        "inputs": shape[1],
+        "rows": rows,
+        "dtype": str(dtype).removeprefix("torch."),
+        "aten_us": aten * 1e6,
+        "us": packed * 1e6,
+        "gb_s": weights * dtype.itemsize / packed / 1e9,
+        "tflop_s": 2 * rows * weights / packed / 1e12,
+        "speedup": aten / packed,
+    }
+
+
 def sampler(name: str, vocabulary: int, repeats: int) -> dict[str, object]:
     """Time of one row. Logits fall off as ranks of words do: p ~ rank ** -1.5."""
     temperature, top_p, top_k, logprobs = SAMPLERS[name]
@@ -93,29 +153,44 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=None, help="torch's threads (all cores)")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16", "float32"])
     parser.add_argument("--repeats", type=int, default=20, help="the best of them counts")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="of the linear layers")
+    parser.add_argument("--only", choices=("attention", "linear", "sampler"), help="one of them")
     parser.add_argument("--output", type=Path, default=None, help="instead of bench/results/")
     options = parser.parse_args()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     ops.load()
     dtypes = [DTYPES[name] for name in options.dtypes]
-    attended = [
-        attention(case, dtype, options.repeats) for case in DECODE + PREFILL for dtype in dtypes
-    ]
-    sampled = [
-        sampler(name, size, options.repeats)
-        for size in (32000, 128256, 262144)
-        for name in SAMPLERS
-    ]
+    tables: dict[str, list[dict[str, object]]] = {}
+    if options.only in (None, "attention"):
+        tables["Paged attention"] = [
+            attention(case, dtype, options.repeats) for case in DECODE + PREFILL for dtype in dtypes
+        ]
+    if options.only in (None, "linear"):
+        tables["Linear layers, packed against aten.linear"] = [
+            row
+            for dtype in dtypes
+            for shape in LINEARS
+            for row in linear(shape, dtype, options.clock, max(1, options.repeats // 4))
+        ]
+    if options.only in (None, "sampler"):
+        tables["Sampler, one row"] = [
+            sampler(name, size, options.repeats)
+            for size in (32000, 128256, 262144)
+            for name in SAMPLERS
+        ]
     settings = {
         "threads": torch.get_num_threads(),
         "kernels": ops.cpu_implementation(),
+        "clock": options.clock,
         "read_bandwidth_gb_s": read_bandwidth_gbs(),
+        **{f"matmul_{name}_tflop_s": matmul_rate_tflops(DTYPES[name]) for name in options.dtypes},
     }
     print_table([{"setting": key, "value": value} for key, value in settings.items()])
-    print_table(attended, title="Paged attention")
-    print_table(sampled, title="Sampler, one row")
-    path = write_results("ops", [*attended, *sampled], options=settings, output=options.output)
+    for title, table in tables.items():
+        print_table(table, title=title)
+    rows = [row for table in tables.values() for row in table]
+    path = write_results("ops", rows, options=settings, output=options.output)
     print(f"\nwritten: {path}")
 
 
