@@ -1,14 +1,16 @@
 """Train the bundled model and its draft: `python -m fxlm.models.bundled.train`.
 
-Half the rows are Python text, half are conversations on which loss is taken
-on the assistant's answers alone; the conversations are at first mostly of the
-kinds that copy, and three quarters of the rows at the end. Hidden matrices are stepped by Muon, the
-rest by AdamW; the rate is held and then falls linearly to zero (WSD), so a
-run can be lengthened by resuming from the checkpoint kept where the fall
-began. The draft learns the main model's distribution beside the text.
+Half the rows are Python text, half are conversations on which loss is taken on
+the assistant's answers alone. The conversations are at first mostly of the
+kinds that copy; while the rate falls they are three quarters of the rows, up to
+a last stretch of longer rows. Hidden matrices are stepped by Muon, the rest by
+AdamW. The rate is held and then falls linearly to zero (WSD), so a run can be
+lengthened by resuming from the checkpoint kept where the fall began. The draft
+learns the main model's distribution beside the text.
 
-The budget counts tokens, or minutes of stepping in which a suspended process
-does not advance. See `data` for the text and `tasks` for the chat tasks.
+The budget counts tokens, or minutes of processor time, all threads together:
+neither passes while the process is suspended or waits for a busy machine. See
+`data` for the text and `tasks` for the chat tasks.
 """
 
 from __future__ import annotations
@@ -42,7 +44,6 @@ from fxlm.models.bundled.data import (
 from fxlm.models.bundled.files import MAX_POSITIONS, export, load_checkpoint, save_checkpoint
 
 CHAT_TOKEN_WEIGHT = 2.0  # a chat row has 40 % learned tokens, a text row all
-LONGEST_STEP_S = 20.0  # a longer step means that the process was suspended
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,18 +102,20 @@ class Plan:
     minutes: float | None
     tokens: int | None
     batch_tokens: int = 4096
-    length: int = 256
+    length: int = 512
     warmup_steps: int = 100
     copying_until: float = 0.3
     decay_from: float
-    long_from: float = 0.95
+    long_from: float = 0.9
     long_length: int = 1024
 
     def phase(self, share: float) -> Phase:
         """What the batches are at this share: see the module docstring."""
         length = self.long_length if share >= self.long_from else self.length
         rows = self.batch_tokens // length
-        num_chat = rows * 3 // 4 if share >= self.decay_from else rows // 2
+        # Text alone has documents of more than a few hundred tokens.
+        mostly_chat = self.decay_from <= share < self.long_from
+        num_chat = rows * 3 // 4 if mostly_chat else rows // 2
         return Phase(
             rows=rows, num_chat=num_chat, length=length, copying=share < self.copying_until
         )
@@ -124,7 +127,7 @@ class Progress:
 
     step: int = 0
     tokens: int = 0
-    active_s: float = 0.0
+    cpu_s: float = 0.0
     average: float = 0.0  # of the loss, over about 50 steps
     history: list[dict[str, float]] = field(default_factory=list)
 
@@ -132,8 +135,8 @@ class Progress:
         """Share of the budget that is spent, 0 to 1."""
         if plan.tokens is not None:
             return min(1.0, self.tokens / plan.tokens)
-        assert plan.minutes is not None
-        return min(1.0, self.active_s / (60 * plan.minutes))
+        assert plan.minutes is not None, plan
+        return min(1.0, self.cpu_s / (60 * plan.minutes))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -336,10 +339,10 @@ def report(run: Run, plan: Plan, corpora: Corpora, work: Path) -> None:
     """Every 100 steps print, every 400 measure on held-out text and save."""
     progress, name = run.progress, run.name
     if progress.step % 100 == 0:
-        rate = progress.tokens / progress.active_s
+        rate = progress.tokens / progress.cpu_s
         print(
             f"{name} step {progress.step} share {progress.share(plan):.3f} "
-            f"loss {progress.average:.3f} {rate:.0f} tok/s in all",
+            f"loss {progress.average:.3f} {rate:.0f} tok/s",
             flush=True,
         )
     if progress.step % 400 == 0:
@@ -358,9 +361,9 @@ def train(run: Run, plan: Plan, corpora: Corpora, loss: Loss, work: Path) -> Non
         if phase != plan.phase(share):
             phase = plan.phase(share)
             batches = Batches(corpora, phase, seed=1000 + progress.step)
-        started = time.monotonic()
+        started = time.process_time()
         value = take_step(run, loss, next(batches), rate_scale(share, progress.step, plan))
-        progress.active_s += min(LONGEST_STEP_S, time.monotonic() - started)
+        progress.cpu_s += time.process_time() - started
         progress.step += 1
         progress.tokens += plan.batch_tokens
         progress.average = 0.98 * progress.average + 0.02 * value if progress.step > 1 else value
@@ -395,7 +398,7 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     budget = parser.add_mutually_exclusive_group(required=True)
-    budget.add_argument("--minutes", type=float, help="minutes of stepping for this model")
+    budget.add_argument("--minutes", type=float, help="processor minutes for this model")
     budget.add_argument("--tokens", type=int, help="tokens for this model")
     parser.add_argument(
         "--model", choices=sorted(SHAPES), default="bundled", help="train the main model first"
@@ -433,7 +436,7 @@ def main() -> None:
     summary = {
         "tokens": run.progress.tokens,
         "steps": run.progress.step,
-        "active_s": round(run.progress.active_s),
+        "cpu_s": round(run.progress.cpu_s),
         "history": run.progress.history,
     }
     (given.work / f"{given.model}-summary.json").write_text(json.dumps(summary, indent=1) + "\n")
