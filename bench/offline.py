@@ -5,43 +5,51 @@
 Prefill: tokens/s of one prompt, and the share of the measured matmul rate. Decode: tokens/s of
 a batch of sequences, the bytes one step must read (weights once, the cache of each sequence)
 and their share of the measured read bandwidth. Medians over the steps; probes before and
-after, so that a bad spell of the machine shows.
+after, so that a bad spell of the machine shows. ``--threads 1 --clock cpu`` counts CPU time, for
+machines that others load.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import time
 from pathlib import Path
 
 import torch
 
-from common import matmul_rate_tflops, print_table, read_bandwidth_gbs, write_results
+from common import Clock, matmul_rate_tflops, print_table, read_bandwidth_gbs, write_results
 from fxlm.runtime.engine import Engine
 from fxlm.runtime.options import EngineOptions
 from fxlm.runtime.request import Request
 from fxlm.runtime.sampling_params import SamplingParams
 from fxlm.runtime.worker import build_engine
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
 
 def main() -> None:
     """Parse the command line, measure, print, write."""
     options = _parse()
+    clock = CLOCKS[options.clock]
     engine, plan, compilation = build_engine(_engine_options(options))
     weights = compilation.artifact.weights()
-    matmul = sum(s.shape[0] * s.shape[1] for s in weights.values() if len(s.shape) == 2)
-    before = read_bandwidth_gbs()
-    rate = matmul_rate_tflops(getattr(torch, compilation.artifact.manifest["model"]["dtype"]))
-    rows = [_prefill(engine, options.prompt, options.repeats, 2 * matmul, rate)]
+    vocabulary = int(compilation.artifact.manifest["model"]["vocab_size"])
+    matmul = sum(_multiplied(s.shape, vocabulary) for s in weights.values())
+    before = read_bandwidth_gbs(clock=clock)
+    rate = matmul_rate_tflops(
+        getattr(torch, compilation.artifact.manifest["model"]["dtype"]), clock=clock
+    )
+    rows = [_prefill(engine, options.prompt, options.repeats, 2 * matmul, rate, clock)]
     for batch in options.batch:
-        row = _decode(engine, batch, options.prompt_decode, options.tokens)
+        row = _decode(engine, batch, options.prompt_decode, options.tokens, clock)
         context = options.prompt_decode + options.tokens // 2
         moved = plan.weights_bytes + batch * context * plan.kv_bytes_per_token
         row["read_gb"] = moved / 1e9
         row["share_of_bandwidth"] = moved / 1e9 / row["step_s"] / before
         rows.append(row)
-    after = read_bandwidth_gbs()
+    after = read_bandwidth_gbs(clock=clock)
     print_table([r for r in rows if r["what"] == "prefill"], title=f"{options.model}: prefill")
     print_table([r for r in rows if r["what"] == "decode"], title=f"{options.model}: decode")
     print(
@@ -52,6 +60,7 @@ def main() -> None:
         "weights_bytes": plan.weights_bytes, "kv_bytes_per_token": plan.kv_bytes_per_token,
     }  # fmt: skip
     chosen = {k: str(v) for k, v in vars(options).items() if k != "output"}
+    chosen["model"] = Path(options.model).name
     path = write_results(options.name, results, options=chosen, output=options.output)
     print(path)
 
@@ -66,6 +75,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--prompt-decode", type=int, default=256, help="tokens before decoding")
     parser.add_argument("--tokens", type=int, default=32, help="tokens decoded per sequence")
     parser.add_argument("--repeats", type=int, default=5, help="prefills")
+    parser.add_argument("--threads", type=int, help="of the engine (all cores)")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--enforce-eager", action="store_true")
     parser.add_argument("--disable-pass", action="append", default=[], help="leave out a pass")
     parser.add_argument("--name", default="offline", help="of the result file")
@@ -76,22 +87,29 @@ def _parse() -> argparse.Namespace:
 def _engine_options(options: argparse.Namespace) -> EngineOptions:
     return EngineOptions(
         model=options.model, dtype=options.dtype, device=options.device,
-        enforce_eager=options.enforce_eager, disable_passes=tuple(options.disable_pass),
+        enforce_eager=options.enforce_eager, threads=options.threads,
+        disable_passes=tuple(options.disable_pass),
         enable_prefix_caching=False, max_num_seqs=max(options.batch), seed=0,
         max_num_batched_tokens=max(512, max(options.batch)),
         max_model_len=max(options.prompt, options.prompt_decode + options.tokens) + 16,
     )  # fmt: skip
 
 
+def _multiplied(shape: tuple[int, ...], vocabulary: int) -> int:
+    """Products a token that a weight takes part in; the head and the embedding serve few rows."""
+    outputs = shape[0] * 64 if len(shape) == 4 else shape[0]  # packed: [panels, steps, 64, 1 or 2]
+    return 0 if len(shape) not in (2, 4) or outputs >= vocabulary else math.prod(shape)
+
+
 def _prefill(
-    engine: Engine, length: int, repeats: int, flops: int, rate: float
+    engine: Engine, length: int, repeats: int, flops: int, rate: float, now: Clock
 ) -> dict[str, object]:
     seconds = []
     for _ in range(repeats + 1):  # the first warms up
         _submit(engine, 1, length, 1)
-        started = time.perf_counter()
+        started = now()
         _finish(engine)
-        seconds.append(time.perf_counter() - started)
+        seconds.append(now() - started)
     median = statistics.median(seconds[1:])
     return {
         "what": "prefill", "batch": 1, "tokens": length, "tokens_per_s": length / median,
@@ -99,17 +117,17 @@ def _prefill(
     }  # fmt: skip
 
 
-def _decode(engine: Engine, batch: int, prompt: int, tokens: int) -> dict[str, object]:
+def _decode(engine: Engine, batch: int, prompt: int, tokens: int, now: Clock) -> dict[str, object]:
     _submit(engine, batch, prompt, tokens + 1)
     made = 0
     while made < batch:  # every sequence has its first token
         made += sum(len(o.token_ids) for o in engine.step())
     seconds = []
     while engine.has_unfinished():
-        started = time.perf_counter()
+        started = now()
         count = sum(len(o.token_ids) for o in engine.step())
         if count == batch:
-            seconds.append(time.perf_counter() - started)
+            seconds.append(now() - started)
     median = statistics.median(seconds)
     return {
         "what": "decode", "batch": batch, "context": prompt, "tokens_per_s": batch / median,

@@ -153,7 +153,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=None, help="torch's threads (all cores)")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16", "float32"])
     parser.add_argument("--repeats", type=int, default=20, help="the best of them counts")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="of the linear layers")
+    parser.add_argument(
+        "--clock", choices=CLOCKS, default="wall", help="of linear layers and probes"
+    )
+    parser.add_argument("--name", default="ops", help="of the result file")
     parser.add_argument("--only", choices=("attention", "linear", "sampler"), help="one of them")
     parser.add_argument("--output", type=Path, default=None, help="instead of bench/results/")
     options = parser.parse_args()
@@ -179,18 +182,22 @@ def main() -> None:
             for size in (32000, 128256, 262144)
             for name in SAMPLERS
         ]
+    clock = CLOCKS[options.clock]
     settings = {
         "threads": torch.get_num_threads(),
         "kernels": ops.cpu_implementation(),
         "clock": options.clock,
-        "read_bandwidth_gb_s": read_bandwidth_gbs(),
-        **{f"matmul_{name}_tflop_s": matmul_rate_tflops(DTYPES[name]) for name in options.dtypes},
+        "read_bandwidth_gb_s": read_bandwidth_gbs(clock=clock),
+        **{
+            f"matmul_{name}_tflop_s": matmul_rate_tflops(DTYPES[name], clock=clock)
+            for name in options.dtypes
+        },
     }
     print_table([{"setting": key, "value": value} for key, value in settings.items()])
     for title, table in tables.items():
         print_table(table, title=title)
     rows = [row for table in tables.values() for row in table]
-    path = write_results("ops", rows, options=settings, output=options.output)
+    path = write_results(options.name, rows, options=settings, output=options.output)
     print(f"\nwritten: {path}")
 
 

@@ -27,7 +27,7 @@ from fxlm.compiler.pipeline import graph_pass
 from fxlm.compiler.program import Program
 
 aten = torch.ops.aten
-fxlm = torch.ops.fxlm
+ops = torch.ops.fxlm
 
 LINEAR = aten.linear.default
 EMBEDDING = aten.embedding.default
@@ -76,7 +76,7 @@ def _obstacle(node: fx.Node, fixed: set[fx.Node]) -> str:
             return "the weight serves as indices"
         if user.target is LINEAR and user.args[1] is not weight:
             return "the weight serves as an input too"
-        if user.target is LINEAR and user.args[0].meta["val"].dtype != value.dtype:  # type: ignore[union-attr]
+        if user.target is LINEAR and user.args[0].meta["val"].dtype != value.dtype:
             return "the weight serves inputs of several types"
     return ""
 
@@ -89,7 +89,7 @@ def _pack(program: Program, weight: fx.Node, like: fx.Node) -> fx.Node:
     """The packing, right behind what makes the weight: an embedding may come early."""
     last = program.placeholders()[-1]
     with program.graph.inserting_before(last.next if weight.op == "placeholder" else weight.next):
-        return program.call(fxlm.pack_weight.default, weight, like=like)
+        return program.call(ops.pack_weight.default, weight, like=like)
 
 
 def _replace_linear(program: Program, node: fx.Node, panels: fx.Node) -> None:
@@ -97,7 +97,7 @@ def _replace_linear(program: Program, node: fx.Node, panels: fx.Node) -> None:
     bias = rest[0] if rest else node.kwargs.get("bias")
     outputs = int(weight.meta["val"].shape[0])  # type: ignore[union-attr]
     with program.graph.inserting_before(node):
-        new = program.call(fxlm.packed_linear.default, x, panels, bias, outputs, like=node)
+        new = program.call(ops.packed_linear.default, x, panels, bias, outputs, like=node)
     program.replace(node, new)
 
 
@@ -105,5 +105,5 @@ def _replace_embedding(program: Program, node: fx.Node, panels: fx.Node) -> None
     weight, ids = node.args[:2]
     inputs = int(weight.meta["val"].shape[1])  # type: ignore[union-attr]
     with program.graph.inserting_before(node):
-        new = program.call(fxlm.packed_rows.default, panels, ids, inputs, like=node)
+        new = program.call(ops.packed_rows.default, panels, ids, inputs, like=node)
     program.replace(node, new)

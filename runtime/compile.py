@@ -220,9 +220,7 @@ class _Compiler:
         with self.stage("capture"):
             program = capture(model, facts)
         raw = {n: _raw_type(self.checkpoint, n) for n in binding.names}
-        column = column_of(
-            self.options, bind_checkpoint={"convert": binding.convert, "raw": raw}
-        )
+        column = column_of(self.options, bind_checkpoint={"convert": binding.convert, "raw": raw})
         with self.stage("passes"):
             run(program, column)
         return program

@@ -135,7 +135,7 @@ def test_every_isa_passes_the_numeric_tests(isa: str, registered: str) -> None:
     if build.ISAS[isa].needs - build.cpu_flags() or isa == registered:
         pytest.skip("this CPU does not run it, or it is what the other tests use")
     chosen = "kernel or naive_loop or no_bit or plain_python or logprobs or without_a_number"
-    files = [str(TESTS / "test_attention.py"), str(TESTS / "test_sample.py")]
+    files = [str(TESTS / f"test_{name}.py") for name in ("attention", "linear", "sample")]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", "-k", chosen, *files],
         capture_output=True,

@@ -22,6 +22,7 @@ SINKS = torch.linspace(-1, 1, 4)
 NAMES = (
     *("attention", "paged_attention", "paged_attention_read_only", "paged_attention_reference"),
     *("sample", "sample_reference"),
+    *("pack_weight", "packed_linear", "packed_linear_reference", "packed_rows"),
 )
 
 
@@ -31,7 +32,13 @@ def calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     row = Row(temperature=1.0, num_logprobs=3, adjust=[(4, 1, 0.5)])
     sampled = sample_args(torch.randn(3, 50), [row] * 3)
     shared = (step.q, None, None, *step.args()[3:], *rules)
+    packed = OPS.pack_weight(torch.randn(70, 9))
+    linear = (torch.randn(2, 3, 9), packed, torch.randn(70), 70)
     return {
+        "pack_weight": (OPS.pack_weight, (torch.randn(70, 9, dtype=torch.bfloat16),)),
+        "packed_linear": (OPS.packed_linear, linear),
+        "packed_linear_reference": (OPS.packed_linear_reference, linear),
+        "packed_rows": (OPS.packed_rows, (packed, torch.tensor([[3, 0], [69, 3]]), 9)),
         "attention": (OPS.attention, (step.q, step.k, step.v, 2, *rules)),
         "paged_attention": (OPS.paged_attention, (*step.args(), *rules)),
         "paged_attention_read_only": (OPS.paged_attention, shared),
