@@ -6,8 +6,9 @@
 Each model type runs in a process of its own with a time and a memory limit. Stages: built
 (on meta, with a binding of every tensor), captured (``torch.export``, T dynamic), attention
 (ops in the graph), logits (two ragged sequences in one step equal Hugging Face's logits
-of each alone, fp32), tokens (the engine's greedy tokens equal ``generate``), compiled (they do
-when compiled). The first stage that fails gives the reason. Written: JSON, and the table.
+of each alone, fp32), compiled (with ``--compiled``, and run), tokens (the engine's greedy
+tokens equal ``generate``). The first stage that fails gives the reason. Written: JSON, and
+the table.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-STAGES = ("built", "captured", "attention", "logits", "tokens", "compiled")
+STAGES = ("built", "captured", "attention", "logits", "compiled", "tokens")
 MEMORY_BYTES = 12 << 30
 TOLERANCE = 1e-3  # of the largest logit, fp32
 
@@ -181,8 +182,8 @@ def _check(path: Path, result: dict[str, Any], compiled: bool) -> None:
 
     row = check(path, compiled=compiled)
     failed = str(row["reason"])
-    result["tokens"] = bool(row["captured"]) and not failed.startswith("captured")
-    result["compiled"] = bool(row["compiled"]) and bool(row["tokens_equal"])
+    result["tokens"] = bool(row["tokens_equal"])
+    result["compiled"] = bool(row["compiled"])
     if failed and not result["tokens"] and result.get("logits") and not _generate_is_greedy(path):
         failed = (
             "transformers' generate differs from the argmax of its own logits, which ours equal"
@@ -288,8 +289,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         f"| attention | attends through fxlm's op | {counts['attention']} |",
         f"| logits | the graph's fp32 logits equal transformers', two sequences in a step | "
         f"{counts['logits']} |",
-        f"| tokens | the engine's greedy tokens equal `generate` | {counts['tokens']} |",
-        f"| compiled | and so do those of the compiled engine | {counts['compiled']} |",
+        f"| compiled | compiled, and run by the engine | {counts['compiled']} |",
+        f"| tokens | the greedy tokens of that engine equal `generate` | {counts['tokens']} |",
         "",
         "| model type | " + " | ".join(STAGES) + " | why not |",
         "|---|" + "---|" * (len(STAGES) + 1),

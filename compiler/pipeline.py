@@ -174,7 +174,8 @@ def _run_one(program: Program, item: GraphPass) -> PassReport:
     except Exception as error:
         if isinstance(error, PassError):
             raise
-        raise PassError(f"pass {item.name} failed: {type(error).__name__}: {error}") from error
+        reason = f"{type(error).__name__}: {error} ({_where(error)})"
+        raise PassError(f"pass {item.name} failed: {reason}") from error
     seconds = time.perf_counter() - started
     if not isinstance(rewrites, int):
         raise PassError(f"pass {item.name} returned {rewrites!r}; it must return a count (int)")
@@ -196,15 +197,26 @@ def _run_one(program: Program, item: GraphPass) -> PassReport:
 
 
 def _settle(program: Program, item: GraphPass) -> None:
-    """Lint, drop dead nodes, check the law."""
+    """Lint, drop dead nodes, check the law; of a pass that is not ours, the shapes too."""
     program.eliminate_dead_code()
+    ours = item.run.__module__.startswith("fxlm.passes.")
     try:
         program.graph.lint()
         contract.check(program)
-    except (ContractError, RuntimeError) as error:
+        if not ours:
+            program.propagate()
+    except (ContractError, RuntimeError, ValueError, TypeError) as error:
         reason = str(error).splitlines()[0]  # lint appends the whole graph
         raise PassError(f"pass {item.name} left an unlawful graph: {reason}") from error
     program.module.recompile()
+
+
+def _where(error: BaseException) -> str:
+    """File and line that raised."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace else "nowhere"
 
 
 def _position(new: GraphPass, passes: Sequence[GraphPass]) -> int:

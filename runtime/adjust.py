@@ -69,7 +69,8 @@ class Adjust:
     def _add_bias(self, biases: dict[int, float]) -> None:
         self._has_bias = bool(biases)
         for token, bias in biases.items():
-            self.bias[self._place(token)] = min(max(bias, -MAX_BIAS), MAX_BIAS)
+            place = self._place(token)  # first: it may grow the arrays, which moves them
+            self.bias[place] = min(max(bias, -MAX_BIAS), MAX_BIAS)
 
     def _ban(self, tokens: list[int]) -> None:
         self._banned = [self._place(token) for token in tokens]
@@ -78,7 +79,8 @@ class Adjust:
 
     def _add(self, tokens: Iterable[int], count: int) -> None:
         for token in tokens:
-            self.counts[self._place(token)] = count
+            place = self._place(token)  # first: it may grow the arrays, which moves them
+            self.counts[place] = count
 
     def _place(self, token: int) -> int:
         place = self._places.get(token)

@@ -10,6 +10,7 @@ import fcntl
 import logging
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ import torch
 from fxlm.compiler import artifact as artifacts
 from fxlm.compiler import key as keys
 from fxlm.compiler.artifact import Artifact, dtype_name
-from fxlm.compiler.errors import ArtifactError
+from fxlm.compiler.errors import ArtifactError, InvalidOption
 from fxlm.compiler.ops import cpu_implementation
 from fxlm.compiler.ops.build import cpu_flags
 from fxlm.compiler.options import CompileOptions, resolve_dtype
@@ -30,7 +31,7 @@ from fxlm.compiler.pipeline import GraphPass, disable, order
 from fxlm.compiler.program import Facts, Program
 from fxlm.models.checkpoint import Checkpoint
 from fxlm.models.rope import follows_length
-from fxlm.passes.column import default_column
+from fxlm.passes.column import REQUIRED, default_column
 
 _log = logging.getLogger(__name__)
 
@@ -98,11 +99,14 @@ def compile_model(
     factors = keys.factors(checkpoint.digest(), dtype_name(dtype), options, column, length)
     key = keys.digest(factors)
     root = cache_directory(cache_dir)
-    path = output or root / "artifacts" / key[:32]
+    path = output.resolve() if output is not None else root / "artifacts" / key[:32]
+    if output is not None:
+        _refuse_foreign(path)
     with _lock(path):
         found = _existing(path, key)
         if found is not None:
             return Compilation(artifact=found, cached=True)
+        _require_writable(path.parent, "--cache-dir" if output is None else "--output")
         work = _Compiler(checkpoint, options, dtype, root / "regions", report)
         work.factors, work.key = factors, key
         return work.run(path)
@@ -133,6 +137,17 @@ def compile(model: str, *, output: str | Path | None = None, **options: Any) -> 
     ).artifact
 
 
+def _refuse_foreign(path: Path) -> None:
+    """An output directory is replaced whole, so it must be new, empty, or an artifact."""
+    if path.is_dir():
+        names = {item.name for item in path.iterdir()}
+        if not names or artifacts.MANIFEST in names:
+            return
+        raise InvalidOption("--output", str(path), "it holds other files; name a new directory")
+    if path.exists() or not path.parent.is_dir():
+        raise InvalidOption("--output", str(path), "name a directory in one that exists")
+
+
 def _existing(path: Path, key: str) -> Artifact | None:
     """The artifact at ``path`` if it is whole and has this key; a damaged one is made anew."""
     try:
@@ -154,6 +169,29 @@ def _lock(path: Path) -> Iterator[None]:
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _require_writable(directory: Path, option: str) -> None:
+    """Tell before minutes of work that there is nowhere to put its result."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        reason = f"{(error.strerror or str(error)).lower()}; name a directory that can be written"
+        raise InvalidOption(option, str(directory), reason) from error
+
+
+def _digest_file(package: Path) -> Path:
+    return package.with_suffix(".sha256")
+
+
+def _is_whole(package: Path) -> bool:
+    """Whether a pooled package is there, and is what was once put there."""
+    try:
+        return _digest_file(package).read_text() == artifacts.file_digest(package)
+    except OSError:
+        return False
 
 
 class _Compiler:
@@ -250,8 +288,9 @@ class _Compiler:
             identity = [region.digest, same, default_options()]
             pooled = self.pool / f"{keys.digest(identity)[:32]}.pt2"
             with self.stage(f"compile {region.name}"):
-                if not pooled.exists():
+                if not _is_whole(pooled):
                     lower(region, pooled)
+                    _digest_file(pooled).write_text(artifacts.file_digest(pooled))
                 shutil.copyfile(pooled, work / "regions" / f"{region.name}.pt2")
 
     def manifest(self, program: Program, cut: Any, plan: Any) -> dict[str, Any]:
@@ -355,6 +394,9 @@ def column_of(options: CompileOptions, **settings: dict[str, Any]) -> list[Graph
     Packing must be resolved; see `packing`.
     """
     assert options.pack_weights is not None, options
+    for name in options.disabled:
+        if name in REQUIRED:
+            raise InvalidOption("--disable-pass", name, "the engine cannot run without it")
     left_out = options.disabled if options.pack_weights else (*options.disabled, "pack_linears")
     return disable(order(default_column(**settings), options.passes), left_out)
 

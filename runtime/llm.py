@@ -11,8 +11,10 @@ Not here: HTTP (`fxlm.server`), several processes (`service`).
 from __future__ import annotations
 
 import itertools
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 from fxlm.compiler.errors import InvalidRequest
@@ -31,7 +33,7 @@ Message = Mapping[str, Any]
 
 
 class LLM:
-    """An engine in process.
+    """An engine in process; calls from several threads take turns.
 
     Args:
         model: directory, hub id, ``bundled`` or ``bundled-draft``.
@@ -74,6 +76,7 @@ class LLM:
         self._defaults = checkpoint.generation_config
         self._eos = list(self._tokenizer.eos_token_ids) if self._tokenizer else []
         self._count = itertools.count()
+        self._lock = threading.Lock()  # the engine is for one thread at a time
 
     def get_tokenizer(self) -> Tokenizer:
         """The tokenizer; an error if the engine was made without one."""
@@ -94,7 +97,7 @@ class LLM:
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompt | Iterable[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
@@ -114,10 +117,11 @@ class LLM:
         Raises:
             InvalidRequest: a prompt or a parameter cannot be served; nothing was run.
         """
-        many: Any = [prompts] if _is_single(prompts) else list(prompts)
+        many = _as_list(prompts)
         params = self._params_for(sampling_params, len(many))
         requests = [self._request(p, s) for p, s in zip(many, params, strict=True)]
-        return self._run(requests, use_tqdm and len(requests) > 1)
+        with self._lock:
+            return self._run(requests, use_tqdm and len(requests) > 1)
 
     def chat(
         self,
@@ -197,7 +201,7 @@ class LLM:
         if isinstance(prompt, str):
             return prompt, self.get_tokenizer().encode(prompt), ""
         if not isinstance(prompt, Mapping):
-            return None, list(prompt), ""
+            return None, _token_ids(prompt), ""
         unknown = set(prompt) - {"prompt", "prompt_token_ids", "cache_salt"}
         if unknown:
             raise InvalidRequest(f"a prompt has no field {sorted(unknown)[0]!r}", "prompts")
@@ -207,7 +211,7 @@ class LLM:
             if not isinstance(text, str):
                 raise InvalidRequest("a prompt needs 'prompt' or 'prompt_token_ids'", "prompts")
             ids = self.get_tokenizer().encode(text)
-        return text, list(ids), str(prompt.get("cache_salt", ""))
+        return text, _token_ids(ids), str(prompt.get("cache_salt", ""))
 
     def _params_for(
         self, given: SamplingParams | Sequence[SamplingParams] | None, count: int
@@ -216,6 +220,8 @@ class LLM:
             return [self.get_default_sampling_params()] * count
         if isinstance(given, SamplingParams):
             return [given] * count
+        if not all(isinstance(item, SamplingParams) for item in given):
+            raise InvalidRequest("sampling_params takes SamplingParams", "sampling_params")
         if len(given) != count:
             raise InvalidRequest(
                 f"{len(given)} sampling_params for {count} prompts: give one, or one a prompt",
@@ -224,10 +230,36 @@ class LLM:
         return list(given)
 
 
-def _is_single(prompts: Any) -> bool:
-    if isinstance(prompts, (str, Mapping)):
-        return True
-    return bool(prompts) and all(isinstance(item, int) for item in prompts)
+def _as_list(prompts: Any) -> list[Any]:
+    """Prompts as a list; a text, a dict and a list of ints are one prompt each."""
+    if isinstance(prompts, (str, bytes, Mapping)):
+        return [prompts]
+    try:
+        many = list(prompts)
+    except TypeError:
+        raise InvalidRequest(
+            f"prompts is a {type(prompts).__name__}; give text, token ids, a dict or a list",
+            "prompts",
+        ) from None
+    return [many] if many and all(map(_is_token, many)) else many
+
+
+def _token_ids(given: Any) -> list[int]:
+    """Token ids as plain ints; arrays of integers are welcome."""
+    if not isinstance(given, (str, bytes)):
+        try:
+            items = list(given)
+        except TypeError:
+            items = [None]
+        if all(map(_is_token, items)):
+            return [int(item) for item in items]
+    raise InvalidRequest(
+        f"{str(given)[:80]!r} is no prompt; give text, or token ids as whole numbers", "prompts"
+    )
+
+
+def _is_token(item: Any) -> bool:
+    return isinstance(item, Integral) and not isinstance(item, bool)
 
 
 def _progress() -> Report:

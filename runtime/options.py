@@ -6,6 +6,7 @@ are resolved once, by `fxlm.runtime.memory`, each with its reason.
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -162,13 +163,13 @@ def _module(file: Path) -> ModuleType:
     import sys
 
     name = f"fxlm_user_pass_{file.stem}"
-    spec = importlib.util.spec_from_file_location(name, file)
+    loader = importlib.machinery.SourceFileLoader(name, str(file))
+    spec = importlib.util.spec_from_loader(name, loader)
     assert spec is not None, file
-    assert spec.loader is not None, file
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # so that the source of the pass can be found for its digest
     try:
-        spec.loader.exec_module(module)
+        loader.exec_module(module)
     except Exception as error:  # whatever the user's file raises while it is read
         reason = f"the file does not import: {type(error).__name__}: {error}"
         raise InvalidOption("--pass", str(file), reason) from error

@@ -15,6 +15,8 @@ MAX_N = 16384
 MIN_TEMPERATURE = 0.01  # smaller ones divide logits into infinities; vLLM raises them likewise
 MAX_BIAS = 100.0
 
+MAX_REPETITION_PENALTY = 1e6  # float32 is what the sampler computes in
+
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Options of one request.
@@ -126,8 +128,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         _within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _within("temperature", self.temperature, 0.0, 2.0)
         _within("min_p", self.min_p, 0.0, 1.0)
-        if not 0.0 < self.repetition_penalty < math.inf:
-            _refuse("repetition_penalty", self.repetition_penalty, "it must be above 0")
+        if not 0.0 < self.repetition_penalty <= MAX_REPETITION_PENALTY:
+            remedy = f"it must be above 0 and at most {MAX_REPETITION_PENALTY:g}"
+            _refuse("repetition_penalty", self.repetition_penalty, remedy)
         if not 0.0 < self.top_p <= 1.0:
             _refuse("top_p", self.top_p, "it must be in (0, 1]")
         if self.top_k < 0:

@@ -112,7 +112,7 @@ class Scheduler:
         """Queue a sequence. Raises InvalidRequest for a priority that would be ignored."""
         if self.policy == "fcfs" and sequence.request.priority:
             raise InvalidRequest(
-                f"priority={sequence.request.priority} needs --scheduling-policy priority",
+                f"priority={sequence.request.priority} needs the priority policy, which is off",
                 "priority",
             )
         self._push(sequence)

@@ -245,8 +245,10 @@ def _describe(error: Exception) -> str:
 
 
 def _report(error: Exception) -> None:
-    if not isinstance(error, FxlmError):
-        sys.excepthook(type(error), error, error.__traceback__)
+    """The traceback of a fault of ours, on standard error; a user's fault needs none."""
+    fault = error.__cause__ if isinstance(error, EngineDead) else error
+    if fault is not None and not isinstance(fault, FxlmError):
+        sys.excepthook(type(fault), fault, fault.__traceback__)
         sys.stderr.flush()
 
 

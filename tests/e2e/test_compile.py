@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fxlm.compiler.artifact import open_artifact
+from fxlm.compiler.errors import InvalidOption
 from fxlm.compiler.options import CompileOptions
 from fxlm.compiler.pipeline import graph_pass
 from fxlm.compiler.program import Program
@@ -117,3 +118,22 @@ def test_serving_needs_neither_inductor_nor_transformers(tmp_path: Path) -> None
     said = [subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout for _ in range(2)]
     assert json.loads(said[0])[0] is False
     assert json.loads(said[1]) == [True, []]
+
+
+def test_output_never_replaces_what_is_no_artifact(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    (tmp_path / "keep").mkdir()
+    (tmp_path / "keep" / "file.txt").write_text("precious")
+    for target in (tmp_path / "keep", tmp_path / "keep" / "file.txt", tmp_path / "no" / "where"):
+        with pytest.raises(InvalidOption, match="--output"):
+            compile_model(checkpoint, CompileOptions(eager=True), cache_dir=tmp_path, output=target)
+    assert (tmp_path / "keep" / "file.txt").read_text() == "precious"
+
+
+def test_an_unwritable_cache_is_named(checkpoint: Checkpoint) -> None:
+    with pytest.raises(InvalidOption, match="--cache-dir"):
+        compile_model(checkpoint, CompileOptions(eager=True), cache_dir=Path("/proc/nothing"))
+
+
+def test_a_pass_the_engine_needs_cannot_be_left_out(build: Compile) -> None:
+    with pytest.raises(InvalidOption, match="cannot run without it"):
+        build(disabled=("paged_attention",))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
 import pytest
 
 from fxlm import LLM, SamplingParams
@@ -118,3 +122,32 @@ def test_wrong_options_are_named(options: dict[str, object], message: str) -> No
 def test_a_cache_too_small_for_one_sequence_is_refused() -> None:
     with pytest.raises(OutOfMemory, match="raise --kv-cache-memory-bytes"):
         LLM("bundled-draft", enforce_eager=True, kv_cache_memory_bytes=1 << 16, max_model_len=2048)
+
+
+def test_a_generator_loses_nothing(llm: LLM) -> None:
+    outputs = llm.generate((text for text in ["import os", "def"]), GREEDY, use_tqdm=False)
+    assert [o.prompt for o in outputs] == ["import os", "def"]
+
+
+def test_penalties_over_a_long_prompt(llm: LLM) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=4, repetition_penalty=1.2)
+    assert llm.generate({"prompt_token_ids": list(range(20, 90))}, params)[0].outputs[0].token_ids
+
+
+def test_threads_take_turns(llm: LLM) -> None:
+    expected = llm.generate("import os", GREEDY)[0].outputs[0].token_ids
+    with ThreadPoolExecutor(3) as pool:
+        runs = [pool.submit(llm.generate, "import os", GREEDY) for _ in range(3)]
+    assert [run.result()[0].outputs[0].token_ids for run in runs] == [expected] * 3
+
+
+@pytest.mark.parametrize("prompt", [None, 5, [None], [1.5], [["a", "b"]], b"abc", [[True]],
+                                    {"prompt_token_ids": "abc"}])  # fmt: skip
+def test_odd_prompts_are_refused(llm: LLM, prompt: Any) -> None:
+    with pytest.raises(InvalidRequest, match="prompt"):
+        llm.generate(prompt, GREEDY)
+
+
+def test_arrays_are_token_ids(llm: LLM) -> None:
+    expected = llm.generate([5, 6, 7], GREEDY)[0].outputs[0].token_ids
+    assert llm.generate(np.array([5, 6, 7]), GREEDY)[0].outputs[0].token_ids == expected

@@ -78,3 +78,25 @@ def test_a_pass_that_breaks_the_graph_is_named() -> None:
 def test_a_pass_that_returns_no_count_is_refused() -> None:
     with pytest.raises(PassError, match="must return a count"):
         pipeline.run(captured(), [graph_pass(lambda program: None)])
+
+
+def test_a_pass_that_breaks_shapes_is_named_itself() -> None:
+    @graph_pass
+    def wide(program: Program) -> int:
+        node = program.linears("down_proj")[0]
+        with program.graph.inserting_before(node.next):
+            both = program.call(torch.ops.aten.cat.default, [node, node], -1, like=node)
+        node.replace_all_uses_with(both, delete_user_cb=lambda user: user is not both)
+        return 1
+
+    with pytest.raises(PassError, match="pass wide left an unlawful graph"):
+        pipeline.run(captured(), [wide])
+
+
+def test_a_pass_that_raises_says_where() -> None:
+    @graph_pass
+    def broken(program: Program) -> int:
+        raise ValueError("my bug")
+
+    with pytest.raises(PassError, match=r"ValueError: my bug \(.*test_column\.py:\d+\)"):
+        pipeline.run(captured(), [broken])

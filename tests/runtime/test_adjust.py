@@ -130,3 +130,13 @@ def test_buffers_never_move() -> None:
         engine.step()
         addresses.add(tuple(t.data_ptr() for t in engine.batch.tensors().values()))
     assert len(addresses) == 1
+
+
+def test_more_entries_than_the_first_arrays_hold() -> None:
+    ids = list(range(40))
+    params = SamplingParams(repetition_penalty=1.1, logit_bias={i: float(i) for i in range(40, 80)})
+    made = Adjust(Request(request_id="0", prompt_token_ids=ids, params=params), 100)
+    assert made.size == 80
+    assert made.ids[:80].tolist() == list(range(80))
+    assert made.counts[:80].tolist() == [0] * 40 + [-1] * 40
+    assert made.bias[40:80].tolist() == [float(i) for i in range(40, 80)]
