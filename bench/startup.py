@@ -74,7 +74,7 @@ def main() -> None:
     for name, phases in results.items():
         rows: list[dict[str, object]] = [{"phase": p, "seconds": s} for p, s in phases.items()]
         print_table(rows, title=f"{options.model}: {name}")
-    chosen = {"model": options.model, "runs": options.runs}
+    chosen = {"model": Path(options.model).name, "runs": options.runs}
     print(write_results(options.name, results, options=chosen, output=options.output))
 
 
