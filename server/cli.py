@@ -19,9 +19,11 @@ Command = Callable[[argparse.Namespace], int | None]
 
 def serve_command(args: argparse.Namespace) -> int | None:
     """Compile if needed, start the engine, serve."""
+    from fxlm.server.options import server_options
     from fxlm.server.serve import banner, serve
 
-    return serve(args, lambda model, url: print(banner(model, url), flush=True))
+    keyed = bool(server_options(args).api_keys)
+    return serve(args, lambda model, url: print(banner(model, url, keyed), flush=True))
 
 
 def compile_command(args: argparse.Namespace) -> int | None:

@@ -211,14 +211,17 @@ def base_url(options: ServerOptions, port: int) -> str:
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}{options.root_path}"
 
 
-def banner(model: str, url: str | None) -> str:
+def banner(model: str, url: str | None, keyed: bool = False) -> str:
     """The URL and a line to paste."""
     if url is None:
         return f"Serving {model}."
-    return f"Serving {model} on {url}\n\n{curl_line(model, url)}\n"
+    return f"Serving {model} on {url}\n\n{curl_line(model, url, keyed)}\n"
 
 
-def curl_line(model: str, url: str) -> str:
-    """A request that works as it stands."""
+def curl_line(model: str, url: str, keyed: bool = False) -> str:
+    """A request that works as it stands; where a key is asked for, once ``KEY`` is replaced."""
     body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "What is 2 + 3?"}}]}}'
-    return f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\\n  -d '{body}'"
+    headers = "-H 'Content-Type: application/json'"
+    if keyed:
+        headers += " -H 'Authorization: Bearer KEY'"
+    return f"curl {url}/v1/chat/completions {headers} \\\n  -d '{body}'"

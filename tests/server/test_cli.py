@@ -198,3 +198,5 @@ def test_banner() -> None:
     assert "Serving m on http://127.0.0.1:81/llm" in said
     assert "curl http://127.0.0.1:81/llm/v1/chat/completions -H" in said
     assert banner("m", None) == "Serving m."
+    assert "Authorization" not in said
+    assert "-H 'Authorization: Bearer KEY'" in banner("m", url, keyed=True)
