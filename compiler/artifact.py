@@ -127,6 +127,15 @@ def open_artifact(path: Path) -> Artifact:
     return Artifact(path=path, manifest=manifest)
 
 
+def is_manifest(path: Path) -> bool:
+    """Whether a file is an artifact's manifest, of whatever format."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and {"format", "key", "files"} <= set(content)
+
+
 def _check_file(path: Path, entry: dict[str, Any]) -> None:
     try:
         size = path.stat().st_size

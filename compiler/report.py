@@ -1,12 +1,9 @@
-"""PassReport: what one pass did, in numbers and as a readable diff."""
+"""PassReport: what one pass did, in numbers."""
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import fx
 
@@ -51,23 +48,3 @@ def op_counts(graph: fx.Graph) -> Counter[str]:
 def op_diff(before: Counter[str], after: Counter[str]) -> tuple[dict[str, int], dict[str, int]]:
     """Ops that became more, and ops that became fewer."""
     return dict(after - before), dict(before - after)
-
-
-def format_graph(graph: fx.Graph) -> list[str]:
-    """One line a node: name, op, arguments, shape."""
-    return [_line(node) for node in graph.nodes]
-
-
-def format_diff(before: Sequence[str], after: Sequence[str], context: int = 2) -> str:
-    """Unified diff of two formatted graphs."""
-    return "\n".join(difflib.unified_diff(before, after, "before", "after", "", "", context, ""))
-
-
-def _line(node: fx.Node) -> str:
-    value: Any = node.meta.get("val")
-    shape = f"  # {list(value.shape)} {value.dtype}" if hasattr(value, "shape") else ""
-    if node.op == "placeholder":
-        return f"input {node.name}{shape}"
-    args = ", ".join(map(str, node.args))
-    kwargs = "".join(f", {k}={v}" for k, v in node.kwargs.items())
-    return f"{node.name} = {node.target}({args}{kwargs}){shape}"

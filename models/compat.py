@@ -8,29 +8,11 @@ moved between versions. Not here: what is registered through a public interface
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
-
-OLDEST = (5, 17)
-NEWEST = (5, 23)
-
-
-def version() -> tuple[int, int]:
-    """(major, minor) of the transformers in use."""
-    import transformers
-
-    match = re.match(r"(\d+)\.(\d+)", transformers.__version__)
-    assert match, transformers.__version__
-    return int(match[1]), int(match[2])
-
-
-def is_tried() -> bool:
-    """Whether this transformers is within the versions fxlm is tested with."""
-    return OLDEST <= version() <= NEWEST
 
 
 @contextlib.contextmanager

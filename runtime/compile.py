@@ -29,14 +29,17 @@ from fxlm.compiler.ops.build import cpu_flags
 from fxlm.compiler.options import CompileOptions, resolve_dtype
 from fxlm.compiler.pipeline import GraphPass, disable, order
 from fxlm.compiler.program import Facts, Program
-from fxlm.models.checkpoint import Checkpoint
+from fxlm.models.checkpoint import Checkpoint, open_checkpoint
 from fxlm.models.rope import follows_length
 from fxlm.passes.column import REQUIRED, default_column
+from fxlm.runtime.options import EngineOptions, compile_options, from_mapping
 
 _log = logging.getLogger(__name__)
 
 Report = Callable[[str, float], None]
 
+# What an artifact's directory holds, and nothing else.
+PARTS = {artifacts.MANIFEST, "load.json", "constants.safetensors", "regions", "model"}
 # What the tokenizer, the template and the defaults of a request need.
 MODEL_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
@@ -51,12 +54,14 @@ class Compilation:
 
     Attributes:
         artifact: opened and checked.
+        checkpoint: what it was made from, open.
         cached: whether it was there already.
         seconds: of each stage, by name.
         program: the final program, if it was compiled now.
     """
 
     artifact: Artifact
+    checkpoint: Checkpoint
     cached: bool
     seconds: dict[str, float] = field(default_factory=dict)
     program: Program | None = None
@@ -105,11 +110,29 @@ def compile_model(
     with _lock(path):
         found = _existing(path, key)
         if found is not None:
-            return Compilation(artifact=found, cached=True)
+            return Compilation(artifact=found, checkpoint=checkpoint, cached=True)
         _require_writable(path.parent, "--cache-dir" if output is None else "--output")
-        work = _Compiler(checkpoint, options, dtype, root / "regions", report)
-        work.factors, work.key = factors, key
-        return work.run(path)
+        pool = root / "regions"
+        return _Compiler(checkpoint, options, dtype, factors, pool, report).run(path)
+
+
+def compile_for(
+    options: EngineOptions, *, output: Path | None = None, report: Report | None = None
+) -> Compilation:
+    """Open the checkpoint that an engine's options name, and find or make its artifact.
+
+    Args:
+        options: of the engine.
+        output, report: see `compile_model`.
+    """
+    checkpoint = open_checkpoint(options.model, options.revision, options.trust_remote_code)
+    return compile_model(
+        checkpoint,
+        compile_options(options),
+        cache_dir=cache_directory(options.cache_dir),
+        output=output,
+        report=report,
+    )
 
 
 def compile(model: str, *, output: str | Path | None = None, **options: Any) -> Artifact:
@@ -123,25 +146,15 @@ def compile(model: str, *, output: str | Path | None = None, **options: Any) -> 
     Returns:
         The artifact, opened and checked.
     """
-    from fxlm.models.checkpoint import open_checkpoint
-    from fxlm.runtime.options import compile_options, from_mapping
-
-    chosen = from_mapping({**options, "model": model})
-    checkpoint = open_checkpoint(model, chosen.revision, chosen.trust_remote_code)
     place = Path(output) if output is not None else None
-    return compile_model(
-        checkpoint,
-        compile_options(chosen),
-        output=place,
-        cache_dir=cache_directory(chosen.cache_dir),
-    ).artifact
+    return compile_for(from_mapping({**options, "model": model}), output=place).artifact
 
 
 def _refuse_foreign(path: Path) -> None:
     """An output directory is replaced whole, so it must be new, empty, or an artifact."""
     if path.is_dir():
         names = {item.name for item in path.iterdir()}
-        if not names or artifacts.MANIFEST in names:
+        if not names or (names <= PARTS and artifacts.is_manifest(path / artifacts.MANIFEST)):
             return
         raise InvalidOption("--output", str(path), "it holds other files; name a new directory")
     if path.exists() or not path.parent.is_dir():
@@ -197,20 +210,20 @@ def _is_whole(package: Path) -> bool:
 class _Compiler:
     """One run from checkpoint to artifact, with the time of each stage."""
 
-    factors: dict[str, Any]
-    key: str
-
     def __init__(
         self,
         checkpoint: Checkpoint,
         options: CompileOptions,
         dtype: torch.dtype,
+        factors: dict[str, Any],
         pool: Path,
         report: Report | None,
     ) -> None:
         self.checkpoint = checkpoint
         self.options = options
         self.dtype = dtype
+        self.factors = factors
+        self.key = keys.digest(factors)
         self.pool = pool
         self.report = report
         self.seconds: dict[str, float] = {}
@@ -239,7 +252,13 @@ class _Compiler:
                 _copy_model_files(self.checkpoint.path, work / "model")
                 artifacts.write_manifest(work, self.manifest(program, cut, plan))
         artifact = artifacts.open_artifact(path)
-        return Compilation(artifact=artifact, cached=False, seconds=self.seconds, program=program)
+        return Compilation(
+            artifact=artifact,
+            checkpoint=self.checkpoint,
+            cached=False,
+            seconds=self.seconds,
+            program=program,
+        )
 
     def program(self) -> Program:
         """Capture and run the column."""

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from fxlm.runtime.options import EngineOptions, from_mapping
 
 if TYPE_CHECKING:
-    from fxlm.runtime.compile import Compilation
     from fxlm.runtime.engine import Engine
 
 FACTORY = "fxlm.runtime.launch:make_engine"
@@ -85,9 +84,11 @@ def make_engine(**values: Any) -> Engine:
 
 def compile_command(args: argparse.Namespace) -> int:
     """``fxlm compile``: stages with their seconds, then where the artifact is."""
+    from fxlm.runtime.compile import compile_for
+
     started = time.perf_counter()
     output = Path(args.output) if getattr(args, "output", None) else None
-    result = _compile(engine_options(args), output)
+    result = compile_for(engine_options(args), output=output, report=_report)
     artifact = result.artifact
     for line in artifact.manifest["passes"]:
         print(f"  pass {line['name']:<18}{line['rewrites']:>5} rewrites "
@@ -102,40 +103,27 @@ def compile_command(args: argparse.Namespace) -> int:
     return 0
 
 
-def _compile(options: EngineOptions, output: Path | None = None) -> Compilation:
-    from fxlm.models.checkpoint import open_checkpoint
-    from fxlm.runtime.compile import cache_directory, compile_model
-    from fxlm.runtime.options import compile_options
-
-    checkpoint = open_checkpoint(options.model, options.revision, options.trust_remote_code)
-    return compile_model(
-        checkpoint, compile_options(options), output=output,
-        cache_dir=cache_directory(options.cache_dir), report=_report,
-    )  # fmt: skip
-
-
 def plan_command(args: argparse.Namespace) -> int:
     """``fxlm plan``: what the model needs and what fits, before anything is loaded."""
     from dataclasses import replace
 
-    from fxlm.models.checkpoint import open_checkpoint
-    from fxlm.runtime.compile import stored_dtype
+    from fxlm.compiler.options import resolve_dtype
+    from fxlm.runtime.compile import compile_for, stored_dtype
     from fxlm.runtime.memory import plan_memory
     from fxlm.runtime.options import resolve_device
     from fxlm.runtime.worker import set_threads
 
     options = engine_options(args)
     # The graph is enough to plan from; nothing is compiled and no weight is read.
-    artifact = _compile(replace(options, enforce_eager=True)).artifact
-    plan = plan_memory(artifact, options)
+    made = compile_for(replace(options, enforce_eager=True), report=_report)
+    plan = plan_memory(made.artifact, options)
     device, why_device = resolve_device(options.device)
-    stored = stored_dtype(open_checkpoint(options.model, options.revision,
-                                          options.trust_remote_code))  # fmt: skip
-    dtype = artifact.manifest["model"]["dtype"]
+    _, why_dtype = resolve_dtype(options.dtype, stored_dtype(made.checkpoint), device)
+    dtype = made.artifact.manifest["model"]["dtype"]
     threads, why_threads = set_threads(options.threads)
     for name, value, why in (
         ("device", device, why_device),
-        ("dtype", dtype, "asked for" if options.dtype != "auto" else f"checkpoint: {stored}"),
+        ("dtype", dtype, why_dtype),
         ("threads", str(threads), why_threads),
     ):
         print(f"{name:<26}{value:>18}   {why}")

@@ -19,7 +19,7 @@ from typing import Any
 
 from fxlm.compiler.errors import InvalidRequest
 from fxlm.models.chat import ChatTemplate
-from fxlm.models.checkpoint import open_checkpoint, resolve
+from fxlm.models.checkpoint import resolve
 from fxlm.models.tokenizer import Tokenizer
 from fxlm.runtime.compile import Report
 from fxlm.runtime.options import EngineOptions, from_mapping
@@ -64,9 +64,7 @@ class LLM:
         self.engine, self.plan, compilation = build_engine(self.options, _progress())
         self.artifact = compilation.artifact
         self.program = compilation.program  # None if the artifact was there already
-        checkpoint = open_checkpoint(
-            self.options.model, self.options.revision, self.options.trust_remote_code
-        )
+        checkpoint = compilation.checkpoint
         self._tokenizer: Tokenizer | None = None
         if not skip_tokenizer_init:
             place = resolve(tokenizer) if tokenizer else checkpoint.path

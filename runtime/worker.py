@@ -13,13 +13,12 @@ import torch
 from fxlm.compiler.artifact import Artifact
 from fxlm.compiler.errors import OutOfMemory
 from fxlm.compiler.step import Reader, Step, load_weights
-from fxlm.models.checkpoint import open_checkpoint
 from fxlm.runtime import machine
 from fxlm.runtime.batch import Batch
-from fxlm.runtime.compile import Compilation, Report, cache_directory, compile_model
+from fxlm.runtime.compile import Compilation, Report, compile_for
 from fxlm.runtime.engine import Engine, EngineConfig
 from fxlm.runtime.memory import MemoryPlan, plan_memory
-from fxlm.runtime.options import EngineOptions, compile_options
+from fxlm.runtime.options import EngineOptions
 from fxlm.runtime.step import StepResult, WorkerSpec
 
 
@@ -101,13 +100,10 @@ def build_engine(
         report: called with (stage, seconds) as stages end.
     """
     set_threads(options.threads)
-    checkpoint = open_checkpoint(options.model, options.revision, options.trust_remote_code)
-    chosen = compile_options(options)
-    cache = cache_directory(options.cache_dir)
-    compilation = compile_model(checkpoint, chosen, cache_dir=cache, report=report)
+    compilation = compile_for(options, report=report)
     plan = plan_memory(compilation.artifact, options)
     started = time.perf_counter()
-    worker = ModelWorker(compilation.artifact, checkpoint.read, plan.spec)
+    worker = ModelWorker(compilation.artifact, compilation.checkpoint.read, plan.spec)
     if report is not None:
         report("load weights", time.perf_counter() - started)
     config = EngineConfig(enable_prefix_caching=options.enable_prefix_caching, seed=options.seed)

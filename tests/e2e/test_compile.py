@@ -126,7 +126,19 @@ def test_output_never_replaces_what_is_no_artifact(checkpoint: Checkpoint, tmp_p
     for target in (tmp_path / "keep", tmp_path / "keep" / "file.txt", tmp_path / "no" / "where"):
         with pytest.raises(InvalidOption, match="--output"):
             compile_model(checkpoint, CompileOptions(eager=True), cache_dir=tmp_path, output=target)
+    (tmp_path / "keep" / "manifest.json").write_text("{}")  # as other programs have, too
+    with pytest.raises(InvalidOption, match="it holds other files"):
+        compile_model(
+            checkpoint, CompileOptions(eager=True), cache_dir=tmp_path, output=tmp_path / "keep"
+        )
     assert (tmp_path / "keep" / "file.txt").read_text() == "precious"
+
+
+def test_output_replaces_an_artifact(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    for dtype in ("float32", "bfloat16"):
+        options = CompileOptions(eager=True, dtype=dtype)
+        made = compile_model(checkpoint, options, cache_dir=tmp_path, output=tmp_path / "out")
+        assert made.artifact.manifest["model"]["dtype"] == dtype
 
 
 def test_an_unwritable_cache_is_named(checkpoint: Checkpoint) -> None:
