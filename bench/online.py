@@ -1,0 +1,188 @@
+"""Load on OpenAI servers: time to first token, time between tokens, goodput.
+
+    python bench/online.py --server fxlm=http://127.0.0.1:8000 --server vllm=http://127.0.0.1:8001 \
+        --concurrency 8 --requests 32 --input 128 --output 64
+    python bench/online.py --server ... --rate 2 --duration 30
+
+Several servers are loaded in turn, ``--blocks`` times, the others idle meanwhile. With
+``--concurrency`` that many requests are always under way; with ``--rate`` they arrive as a
+Poisson process with a fixed seed, whatever the server does. Prompts are token ids drawn anew for
+every request, so no prefix cache helps. Goodput counts requests within ``--slo-ttft`` and
+``--slo-itl`` (its mean). The client streams, and runs on the same cores as the server.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import statistics
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx2 as httpx
+
+from common import print_table, write_results
+
+
+@dataclass
+class Timing:
+    """What one request saw, in seconds."""
+
+    first: float = 0.0
+    gaps: list[float] = field(default_factory=list)
+    total: float = 0.0
+    tokens: int = 0
+    fault: str = ""
+
+
+def main() -> None:
+    """Parse the command line, load the servers in turn, print, write."""
+    options = _parse()
+    servers = dict(text.split("=", 1) for text in options.server)
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in servers}
+    for block in range(-1, options.blocks):  # the first warms up
+        for name, url in servers.items():
+            row = asyncio.run(_load(url, options, seed=1000 * (block + 2)))
+            if block >= 0:
+                runs[name].append(row)
+    rows = [{"server": n, **_medians(r)} for n, r in runs.items()]
+    print_table(rows, title=f"medians of {options.blocks} blocks")
+    chosen = {k: v for k, v in vars(options).items() if k not in ("server", "name")}
+    document = {"rows": rows, "blocks": runs}
+    print(write_results(f"online_{options.name}", document, options=chosen))
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--server", action="append", required=True, help="NAME=URL")
+    parser.add_argument("--concurrency", type=int, default=8)
+    parser.add_argument("--rate", type=float, help="requests/s; instead of --concurrency")
+    parser.add_argument("--requests", type=int, default=32)
+    parser.add_argument("--duration", type=float, default=30.0, help="seconds, with --rate")
+    parser.add_argument("--input", type=int, default=128, help="prompt tokens")
+    parser.add_argument("--output", type=int, default=64, help="tokens generated")
+    parser.add_argument("--vocabulary", type=int, default=32000, help="ids are drawn below this")
+    parser.add_argument("--no-stream", action="store_true", help="whole answers: requests/s only")
+    parser.add_argument("--blocks", type=int, default=3)
+    parser.add_argument("--slo-ttft", type=float, default=2.0)
+    parser.add_argument("--slo-itl", type=float, default=0.2)
+    parser.add_argument("--name", default="load", help="of the result file")
+    return parser.parse_args()
+
+
+async def _load(url: str, options: argparse.Namespace, seed: int) -> dict[str, Any]:
+    draw = random.Random(seed)
+    limits = httpx.Limits(max_connections=1024, max_keepalive_connections=1024)
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
+        model = (await client.get("/v1/models")).json()["data"][0]["id"]
+        count = options.requests if not options.rate else int(options.rate * options.duration)
+        bodies = [_body(model, options, draw) for _ in range(max(count, 1))]
+        started = time.perf_counter()
+        if options.rate:
+            timings = await _arrivals(client, bodies, options.rate, draw)
+        else:
+            timings = await _workers(client, bodies, options.concurrency)
+        elapsed = time.perf_counter() - started
+    return _figures(timings, elapsed, options)
+
+
+def _body(model: str, options: argparse.Namespace, draw: random.Random) -> dict[str, Any]:
+    return {
+        "model": model, "max_tokens": options.output, "temperature": 0, "ignore_eos": True,
+        "prompt": [draw.randrange(3, options.vocabulary) for _ in range(options.input)],
+        "stream": not options.no_stream,
+    }  # fmt: skip
+
+
+async def _workers(
+    client: httpx.AsyncClient, bodies: list[dict[str, Any]], concurrency: int
+) -> list[Timing]:
+    todo = iter(bodies)
+
+    async def worker() -> list[Timing]:
+        return [await _request(client, body) for body in todo]
+
+    made = await asyncio.gather(*(worker() for _ in range(concurrency)))
+    return [timing for part in made for timing in part]
+
+
+async def _arrivals(
+    client: httpx.AsyncClient, bodies: list[dict[str, Any]], rate: float, draw: random.Random
+) -> list[Timing]:
+    tasks = []
+    due = time.perf_counter()
+    for body in bodies:
+        due += draw.expovariate(rate)
+        await asyncio.sleep(max(0.0, due - time.perf_counter()))
+        tasks.append(asyncio.create_task(_request(client, body)))
+    return list(await asyncio.gather(*tasks))
+
+
+async def _request(client: httpx.AsyncClient, body: dict[str, Any]) -> Timing:
+    timing = Timing()
+    started = last = time.perf_counter()
+    try:
+        async with client.stream("POST", "/v1/completions", json=body) as answer:
+            if answer.status_code != 200:
+                timing.fault = f"HTTP {answer.status_code}: {(await answer.aread())[:200]!r}"
+                return timing
+            if not body["stream"]:
+                usage = json.loads(await answer.aread())["usage"]
+                timing.tokens = usage["completion_tokens"]
+            else:
+                async for line in answer.aiter_lines():
+                    if not line.startswith("data: {") or not json.loads(line[6:])["choices"]:
+                        continue
+                    now = time.perf_counter()
+                    if timing.tokens:
+                        timing.gaps.append(now - last)
+                    else:
+                        timing.first = now - started
+                    timing.tokens, last = timing.tokens + 1, now
+    except httpx.HTTPError as error:
+        timing.fault = f"{type(error).__name__}: {error}"
+    timing.total = time.perf_counter() - started
+    return timing
+
+
+def _figures(timings: list[Timing], elapsed: float, options: argparse.Namespace) -> dict[str, Any]:
+    good = [t for t in timings if not t.fault]
+    tokens = len(good) * options.output if not options.no_stream else sum(t.tokens for t in good)
+    row: dict[str, Any] = {
+        "requests": len(timings), "failed": len(timings) - len(good), "seconds": elapsed,
+        "requests_per_s": len(good) / elapsed, "tokens_per_s": tokens / elapsed,
+    }  # fmt: skip
+    for timing in timings:
+        if timing.fault:
+            row["fault"] = timing.fault
+    if options.no_stream or not good:
+        return row
+    gaps = sorted(gap for t in good for gap in t.gaps)
+    firsts = sorted(t.first for t in good)
+    within = [
+        t for t in good
+        if t.first <= options.slo_ttft and statistics.fmean(t.gaps or [0.0]) <= options.slo_itl
+    ]  # fmt: skip
+    return row | {
+        "ttft_median": statistics.median(firsts), "ttft_p99": _percentile(firsts, 0.99),
+        "itl_median": statistics.median(gaps), "itl_p99": _percentile(gaps, 0.99),
+        "goodput_requests_per_s": len(within) / elapsed,
+    }  # fmt: skip
+
+
+def _percentile(ordered: list[float], share: float) -> float:
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def _medians(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    keys = [k for k, v in rows[0].items() if isinstance(v, int | float)]
+    made: dict[str, Any] = {k: statistics.median(r[k] for r in rows if k in r) for k in keys}
+    faults = [r["fault"] for r in rows if "fault" in r]
+    return made | ({"fault": faults[0]} if faults else {})
+
+
+if __name__ == "__main__":
+    main()
