@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -39,6 +39,7 @@ class EngineOptions:
         max_num_seqs: sequences per step.
         max_num_batched_tokens: tokens per step; None: 512 on CPU, 2048 on CUDA.
         enable_prefix_caching: reuse blocks of equal prefixes.
+        scheduling_policy: ``fcfs``, or ``priority`` (of the request, lower first).
         enforce_eager: interpret the graph instead of compiling it.
         passes: user passes, ``file.py:name`` or pass objects.
         disable_passes: passes of the column to leave out.
@@ -59,6 +60,7 @@ class EngineOptions:
     max_num_seqs: int = 128
     max_num_batched_tokens: int | None = None
     enable_prefix_caching: bool = True
+    scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
     enforce_eager: bool = False
     passes: tuple[Any, ...] = ()
     disable_passes: tuple[str, ...] = ()

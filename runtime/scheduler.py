@@ -112,7 +112,8 @@ class Scheduler:
         """Queue a sequence. Raises InvalidRequest for a priority that would be ignored."""
         if self.policy == "fcfs" and sequence.request.priority:
             raise InvalidRequest(
-                f"priority={sequence.request.priority} needs the priority policy, which is off",
+                f"priority={sequence.request.priority} would be ignored: the engine was not"
+                " started with --scheduling-policy priority",
                 "priority",
             )
         self._push(sequence)

@@ -106,5 +106,9 @@ def build_engine(
     worker = ModelWorker(compilation.artifact, compilation.checkpoint.read, plan.spec)
     if report is not None:
         report("load weights", time.perf_counter() - started)
-    config = EngineConfig(enable_prefix_caching=options.enable_prefix_caching, seed=options.seed)
+    config = EngineConfig(
+        enable_prefix_caching=options.enable_prefix_caching,
+        policy=options.scheduling_policy,
+        seed=options.seed,
+    )
     return Engine(worker, config), plan, compilation

@@ -17,6 +17,7 @@ from fxlm.server.limits import Limits
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
+POLICIES = ("fcfs", "priority")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 KEY_VARIABLE = "FXLM_API_KEY"
 UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
@@ -116,6 +117,12 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         default=True,
         help="reuse KV blocks of equal prefixes (default: on)",
+    )
+    group.add_argument(
+        "--scheduling-policy",
+        choices=POLICIES,
+        default="fcfs",
+        help="who goes first: the oldest, or the lowest 'priority' of a request (default: fcfs)",
     )
 
 

@@ -232,11 +232,16 @@ def _adjust(
 
 
 def _draw(adjusted: Tensor, floats: Tensor, ints: Tensor) -> Tensor:
-    """Inverse CDF over (logit descending, id ascending) of what the filters leave. [R]"""
+    """An exponential race over what the filters leave: least exponential / weight wins. [R]
+
+    The filters cut the order (logit descending, id ascending) at one place. A token's exponential
+    depends on (seed, counter, token) alone, so that similar logits mostly draw the same token.
+    """
     logits, ids = torch.sort(adjusted, dim=-1, descending=True, stable=True)
     temperature, top_p, min_p = (floats[:, i : i + 1] for i in range(3))
     inverse = 1.0 / torch.where(temperature >= GREEDY_BELOW, temperature, 1.0)
-    weights = torch.exp((logits - logits[:, :1]) * inverse)
+    scaled = (logits - logits[:, :1]) * inverse
+    weights = torch.exp(scaled)
     place = torch.arange(logits.shape[1], device=logits.device)
     top_k = torch.where(ints[:, :1] > 0, ints[:, :1], logits.shape[1])
     keep = (weights >= min_p) & (place < top_k)
@@ -245,15 +250,14 @@ def _draw(adjusted: Tensor, floats: Tensor, ints: Tensor) -> Tensor:
     before = total - mass
     keep &= (before < top_p.double() * total[:, -1:]) | (top_p >= 1)
     keep[:, 0] = True
-    count = keep.sum(-1, keepdim=True)  # what is kept is a prefix
-    goal = uniform(ints[:, 1], ints[:, 2])[:, None] * total.gather(1, count - 1)
-    index = ((total <= goal) & keep).sum(-1, keepdim=True)
-    return ids.gather(1, torch.minimum(index, count - 1))[:, 0]
+    times = -torch.log1p(-uniform(ints[:, 1:2], ints[:, 2:3], ids)) / torch.exp(scaled.double())
+    times = torch.where(keep & (scaled > NEGATIVE_INFINITY), times, -NEGATIVE_INFINITY)
+    return ids.gather(1, times.argmin(-1, keepdim=True))[:, 0]
 
 
-def uniform(seed: Tensor, counter: Tensor) -> Tensor:
-    """A float64 in [0,1) with 53 random bits that depends on (seed, counter) alone."""
-    bits = _splitmix64(_splitmix64(seed) + counter)
+def uniform(seed: Tensor, counter: Tensor, token: Tensor) -> Tensor:
+    """A float64 in [0,1) with 53 random bits that depends on (seed, counter, token) alone."""
+    bits = _splitmix64(_splitmix64(_splitmix64(seed) + counter) + token)
     return _shift_right(bits, 11).double() * 2.0**-53
 
 

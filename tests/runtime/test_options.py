@@ -27,6 +27,7 @@ def test_round_trip_through_json() -> None:
         ({"max_num_seqs": "8"}, "max_num_seqs='8' cannot be used: Expected `int`, got `str`"),
         ({"max_num_seqs": 0}, "must be at least 1"),
         ({"memory_fraction": 1.5}, "0 < value <= 1"),
+        ({"scheduling_policy": "lifo"}, "Invalid enum value 'lifo'"),
     ],
 )
 def test_wrong_values(values: dict[str, Any], message: str) -> None:

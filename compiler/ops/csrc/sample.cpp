@@ -1,15 +1,18 @@
 // Sampling on CPU: adjust, filter, draw, and log-probabilities, a row a thread.
 //
-// No sort of the vocabulary. Greedy is one read of the row. A draw computes all weights once and
-// then works on the pool of tokens within e^-6 of the best, which mostly holds the answer, by
-// quickselect on mass; where it does not, on wider pools. Order: (logit descending, id
-// ascending). Sums are double and each row is one thread's, so a draw depends on its row alone.
+// No sort of the vocabulary. Greedy is one read of the row. top_k and top_p cut the order (logit
+// descending, id ascending) at a last token, which is looked for in the pool of tokens within e^-6
+// of the best by quickselect, and where that pool is too small, in wider ones. What is left runs
+// an exponential race, in which each token's noise depends on (seed, counter, token) alone: two
+// models that give similar logits draw the same token more often than any cut of one uniform
+// would let them. Sums are double and each row is one thread's: a draw depends on its row alone.
 //
 // Compiled with -ffp-contract=off: adjusted logits equal the reference's bit by bit.
 
 #include "sample.h"
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "parallel.h"
@@ -31,8 +34,27 @@ uint64_t splitmix64(uint64_t state) {
   z = (z ^ z >> 27) * 0x94D049BB133111EB;
   return z ^ z >> 31;
 }
-double uniform(int64_t seed, int64_t counter) {
-  return double(splitmix64(splitmix64(uint64_t(seed)) + uint64_t(counter)) >> 11) * 0x1p-53;
+// 53 random bits for each token of a position: noise(stream(seed, counter), token).
+uint64_t stream(int64_t seed, int64_t counter) {
+  return splitmix64(splitmix64(uint64_t(seed)) + uint64_t(counter));
+}
+uint64_t noise(uint64_t stream, int64_t token) { return splitmix64(stream + uint64_t(token)) >> 11; }
+
+constexpr int kLanes = W / 2;
+typedef uint64_t vl __attribute__((vector_size(kLanes * 8)));
+
+// Whether one of the noises of `count` tokens is below the limit.
+bool any_below(uint64_t stream, int64_t token, int count, uint64_t limit) {
+  vl state, found{};
+  for (int i = 0; i < kLanes; ++i) state[i] = stream + uint64_t(token + i) + 0x9E3779B97F4A7C15;
+  for (int i = 0; i < count; i += kLanes, state += kLanes) {
+    vl z = (state ^ state >> 30) * 0xBF58476D1CE4E5B9;
+    z = (z ^ z >> 27) * 0x94D049BB133111EB;
+    found |= (vl)((z ^ z >> 31) >> 11 < limit);
+  }
+  uint64_t any = 0;
+  for (int i = 0; i < kLanes; ++i) any |= found[i];
+  return any != 0;
 }
 
 // NaN -> -inf; +inf -> the largest float; -0 -> +0.
@@ -119,22 +141,15 @@ double mass_of(const float* weights, Pool pool, size_t begin, size_t end) {
   return mass;
 }
 
-struct Prefix {
-  size_t count;
-  double mass;
-};
-
-// The shortest prefix, in order, whose mass reaches (strictly: exceeds) the goal; the pool is
-// reordered so that it comes first, its last element in place.
-Prefix prefix_of(Pool pool, const float* weights, double goal, bool strictly) {
-  auto reached = [=](double mass) { return strictly ? mass > goal : mass >= goal; };
+// Last key of the shortest prefix, in order, whose mass reaches the goal.
+uint64_t last_of_mass(Pool pool, const float* weights, double goal) {
   size_t low = 0, high = pool.size;
   double before = 0;
   while (high - low > 32) {
     const size_t middle = low + (high - low) / 2;
     std::nth_element(pool.keys + low, pool.keys + middle, pool.keys + high);
     const double mass = before + mass_of(weights, pool, low, middle);
-    if (reached(mass)) {
+    if (mass >= goal) {
       high = middle;
     } else {
       before = mass;
@@ -142,11 +157,9 @@ Prefix prefix_of(Pool pool, const float* weights, double goal, bool strictly) {
     }
   }
   std::sort(pool.keys + low, pool.keys + high);
-  for (; low < high; ++low) {
-    before += weights[id_of(pool.keys[low])];
-    if (reached(before)) return {low + 1, before};
-  }
-  return {high, before};
+  while (low + 1 < high && before + weights[id_of(pool.keys[low])] < goal)
+    before += weights[id_of(pool.keys[low++])];
+  return pool.keys[std::min(low, pool.size - 1)];
 }
 
 // The keys of all logits >= at_least; no branch on a single logit.
@@ -181,37 +194,61 @@ double weigh(Scratch& scratch, int64_t count, float best, float inverse, float m
   return total;
 }
 
-// One token by inverse CDF over the adjusted logits in scratch.
-int64_t draw(Scratch& scratch, int64_t count, const float* floats, const int64_t* ints) {
-  const float best = block_max(scratch.logits.data(), 0, count);
-  if (best == -kInfinity) return 0;
-  const float temperature = floats[kTemperature], inverse = 1.0f / temperature;
-  const float min_p = std::min(floats[kMinP], 1.0f), top_p = floats[kTopP];
-  const double all = weigh(scratch, count, best, inverse, min_p);
-  const size_t top_k = ints[kTopK] > 0 ? size_t(std::min(ints[kTopK], count)) : size_t(count);
-  const bool limited = top_k < size_t(count);
-  const double u = uniform(ints[kSeed], ints[kCounter]);
+// The last key, in order, that top_k and top_p leave of the adjusted logits in scratch.
+uint64_t last_kept(Scratch& scratch, int64_t count, float best, const float* floats, int64_t k) {
+  const float temperature = floats[kTemperature], top_p = floats[kTopP];
+  const bool limited = k > 0 && k < count, nucleus = top_p < 1.0f;
+  if (!limited && !nucleus) return ~uint64_t(0);
+  const double all =
+      nucleus ? weigh(scratch, count, best, 1.0f / temperature, std::min(floats[kMinP], 1.0f)) : 0;
   const float* weights = scratch.weights.data();
   for (const float nats : kPools) {
     const bool complete = nats == kInfinity;
     Pool pool = gather(scratch, count, best - nats * temperature);
-    if (limited && pool.size < top_k && !complete) continue;
-    if (limited && pool.size > top_k) {
-      std::nth_element(pool.keys, pool.keys + top_k, pool.keys + pool.size);
-      pool.size = top_k;
+    if (limited && pool.size < size_t(k) && !complete) continue;
+    if (limited && pool.size >= size_t(k)) {
+      std::nth_element(pool.keys, pool.keys + k - 1, pool.keys + pool.size);
+      pool.size = size_t(k);
     }
-    double held = mass_of(weights, pool, 0, pool.size), total = limited ? held : all;
-    if (top_p < 1.0f) {
-      const double goal = std::max(double(top_p), 0.0) * total;
-      if (held < goal && !complete) continue;
-      const Prefix nucleus = prefix_of(pool, weights, goal, false);
-      pool.size = std::max<size_t>(nucleus.count, 1);
-      total = held = nucleus.mass;
-    }
-    if (held <= u * total && !complete) continue;
-    return id_of(pool.keys[prefix_of(pool, weights, u * total, true).count - 1]);
+    if (!nucleus) return pool.keys[k - 1];
+    const double held = mass_of(weights, pool, 0, pool.size);
+    const double goal = std::max(double(top_p), 0.0) * (limited ? held : all);
+    if (held >= goal || complete) return last_of_mass(pool, weights, goal);
   }
-  return 0;  // not reached: the complete pool always answers
+  return ~uint64_t(0);  // not reached: the complete pool always answers
+}
+
+// One token of the adjusted logits in scratch, with the probabilities that the filters leave: the
+// least exponential / weight wins, where each token has an exponential of its own.
+int64_t draw(Scratch& scratch, int64_t count, const float* floats, const int64_t* ints) {
+  const float* logits = scratch.logits.data();
+  int64_t winner = argmax(logits, count);
+  const float best = logits[winner];
+  if (best == -kInfinity) return 0;
+  const float inverse = 1.0f / floats[kTemperature], min_p = std::min(floats[kMinP], 1.0f);
+  const uint64_t last = last_kept(scratch, count, best, floats, ints[kTopK]);
+  const uint64_t bits = stream(ints[kSeed], ints[kCounter]);
+  double least = kInfinity;
+  auto enter = [&](int64_t i) {
+    const float x = (logits[i] - best) * inverse;
+    if (key_of(logits[i], i) > last || (min_p > 0.0f && !(exp1(x) >= min_p))) return;
+    const double time = -std::log1p(-double(noise(bits, i)) * 0x1p-53) / std::exp(double(x));
+    if (!(time < least)) return;
+    least = time;
+    winner = i;
+  };
+  enter(winner);
+  for (int64_t begin = 0; begin < count; begin += kBlock) {
+    const int64_t end = std::min<int64_t>(count, begin + kBlock);
+    const float top = block_max(logits, begin, end);
+    if (key_of(top, begin) > last) continue;
+    // An exponential, -log(1 - u), is at least u: most blocks are done with their uniforms.
+    const double limit = std::min(least * std::exp(double((top - best) * inverse)), 1.0);
+    if (!any_below(bits, begin, int(end - begin), uint64_t(limit * 0x1p53) + 1)) continue;
+    for (int64_t i = begin; i < end; ++i)
+      if (double(noise(bits, i)) * 0x1p-53 <= limit) enter(i);
+  }
+  return winner;
 }
 
 // ---- one row ----------------------------------------------------------------------------------

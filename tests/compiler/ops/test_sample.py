@@ -48,22 +48,23 @@ def naive_token(logits: list[float], row: Row) -> int:
     while kept < len(weights) and (mass < goal or kept == 0):
         mass += weights[kept]
         kept += 1
-    goal, mass = naive_uniform(row.seed, row.counter) * sum(weights[:kept]), 0.0
-    for i, weight in zip(order, weights[:kept], strict=False):
-        mass += weight
-        if mass > goal:
-            return i
-    raise AssertionError("no token")
+    times = {
+        i: -math.log1p(-naive_uniform(row.seed, row.counter, i)) / weight
+        for i, weight in zip(order, weights[:kept], strict=False)
+        if weight > 0
+    }
+    return min(times, key=times.__getitem__)
 
 
-def naive_uniform(seed: int, counter: int) -> float:
+def naive_uniform(seed: int, counter: int, token: int) -> float:
     def mix(x: int) -> int:
         x = (x + 0x9E3779B97F4A7C15) % 2**64
         x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
         x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
         return x ^ x >> 31
 
-    return (mix((mix(seed % 2**64) + counter) % 2**64) >> 11) / 2**53
+    stream = mix((mix(seed % 2**64) + counter) % 2**64)
+    return (mix((stream + token) % 2**64) >> 11) / 2**53
 
 
 def random_row(rng: random.Random, vocabulary: int) -> Row:
@@ -83,9 +84,9 @@ def random_row(rng: random.Random, vocabulary: int) -> Row:
 
 
 def test_uniform_equals_plain_integers() -> None:
-    pairs = [(0, 0), (1, 0), (0, 1), (-1, 5), (2**63 - 1, 2**40), (-(2**63), 3)]
-    seeds, counters = (torch.tensor(column) for column in zip(*pairs, strict=True))
-    assert reference.uniform(seeds, counters).tolist() == [naive_uniform(*p) for p in pairs]
+    cases = [(0, 0, 0), (1, 0, 7), (0, 1, 0), (-1, 5, 9), (2**63 - 1, 2**40, 3), (-(2**63), 3, 1)]
+    columns = (torch.tensor(column) for column in zip(*cases, strict=True))
+    assert reference.uniform(*columns).tolist() == [naive_uniform(*case) for case in cases]
 
 
 @BOTH
@@ -215,6 +216,27 @@ def filtered(logits: Tensor, row: Row) -> Tensor:
     cumulative = p[order].cumsum(0)
     p[order[1:][cumulative[:-1] >= row.top_p]] = 0
     return p / p.sum()
+
+
+@BOTH
+def test_top_k_of_exactly_the_likely_tokens_keeps_them_all(which: str) -> None:
+    logits = torch.tensor([[-1.0, 0.0, 0.0, -50.0, -60.0]]).expand(200, -1)
+    rows = [Row(temperature=1.0, top_k=3, counter=i) for i in range(200)]
+    assert set(run(which, logits, rows)[0].tolist()) == {0, 1, 2}
+
+
+@BOTH
+def test_similar_logits_draw_the_same_token_mostly(which: str) -> None:
+    """At least (1 - d) / (1 + d) of the draws agree, d the distance in total variation."""
+    draws, vocabulary = 4000, 50
+    one = normal(1, vocabulary, seed=4, scale=1.0)
+    other = one + normal(1, vocabulary, seed=5, scale=0.3)
+    rows = [Row(temperature=1.0, seed=11, counter=i) for i in range(draws)]
+    first, second = (run(which, x.expand(draws, -1), rows)[0] for x in (one, other))
+    distance = float((torch.softmax(one, -1) - torch.softmax(other, -1)).abs().sum()) / 2
+    assert 0.05 < distance < 0.3
+    agreed = float((first == second).double().mean())
+    assert agreed > (1 - distance) / (1 + distance) - 0.02
 
 
 def test_a_draw_depends_on_its_row_alone() -> None:
