@@ -75,12 +75,11 @@ def _answer(engine: Engine, order: dict[str, Any], vocabulary: int, fresh: int) 
         return {"error": f"{type(error).__name__}: {error}"[:500]}
 
 
-def peak_rss_bytes() -> int:
-    """Sum of the peaks of this process and of all its descendants."""
-    total, todo = 0, [os.getpid()]
+def peak_rss_bytes(pid: int | None = None) -> int:
+    """Sum of the peaks of a process (this one) and of all its descendants alive."""
+    total, todo = 0, [os.getpid() if pid is None else pid]
     while todo:
-        pid = todo.pop()
-        folder = Path("/proc") / str(pid)
+        folder = Path("/proc") / str(todo.pop())
         try:
             for line in (folder / "status").read_text().splitlines():
                 if line.startswith("VmHWM:"):
