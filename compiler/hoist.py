@@ -7,6 +7,7 @@ writes a loader. Not here: running the load graph (`load`), compiling the step (
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 
 import torch
@@ -70,11 +71,17 @@ def _early(program: Program) -> set[fx.Node]:
 
 def _hoistable(node: fx.Node) -> bool:
     target = node.target
+    if target is operator.getitem:
+        return True  # of an op with several results; whether that one runs early decides
     if not isinstance(target, torch._ops.OpOverload) or target in _KEEP_IN_STEP:
         return False
+    value = node.meta["val"]
+    results = value if isinstance(value, (tuple, list)) else [value]
     random = torch.Tag.nondeterministic_seeded in target.tags
     return (
-        isinstance(node.meta["val"], torch.Tensor) and not random and not target._schema.is_mutable
+        all(isinstance(result, torch.Tensor) for result in results)
+        and not random
+        and not target._schema.is_mutable
     )
 
 

@@ -8,6 +8,7 @@ import torch
 
 from fxlm.compiler.errors import InvalidOption
 from fxlm.compiler.pipeline import GraphPass
+from fxlm.compiler.schemes import parse_quantization
 
 DTYPES = {
     "float32": torch.float32, "float": torch.float32,
@@ -30,6 +31,8 @@ class CompileOptions:
         passes: user passes, added to the default column.
         disabled: names of passes left out.
         trust_remote_code: run Python that comes with the checkpoint.
+        quantization: scheme of the linear layers, with exceptions; see `compiler.schemes`. None:
+            weights stay as the checkpoint has them.
         pack_weights: keep the pass `pack_linears` in the column; None: where it pays.
     """
 
@@ -41,6 +44,7 @@ class CompileOptions:
     passes: tuple[GraphPass, ...] = ()
     disabled: tuple[str, ...] = ()
     trust_remote_code: bool = False
+    quantization: str | None = None
     pack_weights: bool | None = None
 
     def __post_init__(self) -> None:
@@ -50,6 +54,8 @@ class CompileOptions:
             raise InvalidOption("device", self.device, "use cpu or cuda")
         if self.block_size < 1 or self.block_size & (self.block_size - 1):
             raise InvalidOption("block_size", self.block_size, "use a power of two, e.g. 16")
+        if self.quantization is not None:
+            parse_quantization(self.quantization)
 
 
 def resolve_dtype(choice: str, stored: str, device: str) -> tuple[torch.dtype, str]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, overload
 
 from fxlm.compiler import contract
-from fxlm.compiler.errors import ContractError, InvalidOption, PassError
+from fxlm.compiler.errors import ContractError, FxlmError, InvalidOption, PassError
 from fxlm.compiler.program import Program, Stage
 from fxlm.compiler.report import PassReport, op_counts, op_diff
 
@@ -158,6 +158,7 @@ def run(program: Program, passes: Iterable[GraphPass]) -> Program:
     Raises:
         PassError: a pass failed, fired another number of times than it must, or left an
             unlawful graph; the message names the pass.
+        FxlmError: what a pass raises of its own, e.g. InvalidOption.
     """
     for item in passes:
         program.log.append(_run_one(program, item))
@@ -172,7 +173,7 @@ def _run_one(program: Program, item: GraphPass) -> PassReport:
     try:
         rewrites = item.run(program, **item.options)
     except Exception as error:
-        if isinstance(error, PassError):
+        if isinstance(error, FxlmError):
             raise
         reason = f"{type(error).__name__}: {error} ({_where(error)})"
         raise PassError(f"pass {item.name} failed: {reason}") from error

@@ -2,6 +2,11 @@
 
 before:  _assert_tensor_metadata(x); a = aten.to.dtype(x, x.dtype); b = aten.slice(a, 1, 0, MAX)
 after:   (users of b use x)
+
+A cast of a weight that is dequantized to float32 becomes the type that it is dequantized to:
+
+before:  aten.to.dtype(fxlm.dequantize(codes, ..., float32, ...), bfloat16)
+after:   fxlm.dequantize(codes, ..., bfloat16, ...)
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ from torch import fx
 
 from fxlm.compiler.pipeline import graph_pass
 from fxlm.compiler.program import INT64_MAX, Program
+from fxlm.passes.quantized_weights import quantized
 
 aten = torch.ops.aten
 
@@ -38,10 +44,21 @@ def cleanup(program: Program) -> int:
             erased += 1
             continue
         same = _IDENTITIES.get(node.target)
-        if same is not None and same(node):
+        if (same is not None and same(node)) or _fold_cast(node):
             program.replace(node, node.args[0])
             erased += 1
     return erased
+
+
+def _fold_cast(node: fx.Node) -> bool:
+    """Let a weight be dequantized to the type that its only user casts it to."""
+    source: Any = node.args[0] if node.target is aten.to.dtype and len(node.args) == 2 else None
+    weight = quantized(source)
+    if weight is None or weight.dtype != torch.float32 or len(source.users) > 1 or node.kwargs:
+        return False
+    source.update_arg(6, node.args[1])
+    source.meta["val"] = node.meta["val"]
+    return True
 
 
 def _same_type(node: fx.Node) -> bool:

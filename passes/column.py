@@ -10,19 +10,23 @@ from fxlm.passes.bind_checkpoint import bind_checkpoint
 from fxlm.passes.cleanup import cleanup
 from fxlm.passes.fuse_gate_up import fuse_gate_up
 from fxlm.passes.fuse_qkv import fuse_qkv
+from fxlm.passes.fuse_quantized_linear import fuse_quantized_linear
 from fxlm.passes.last_tokens import last_tokens
 from fxlm.passes.pack_linears import pack_linears
 from fxlm.passes.paged_attention import paged_attention
+from fxlm.passes.quantize import quantize
 from fxlm.passes.sample import sample
 
 COLUMN: tuple[GraphPass, ...] = (
     bind_checkpoint,  # parameters -> tensors of the checkpoint, as graph code
     cleanup,  # drop assertions, identities, full slices
+    quantize,  # weights of linears rounded while loading; left out unless it is asked for
     fuse_qkv,  # one matmul for q, k, v
     fuse_gate_up,  # one matmul for gate and up
     paged_attention,  # attention over block tables; the cache is written in the graph
     last_tokens,  # logits only for the rows that are drawn or scored
     sample,  # token ids leave the graph, logits do not
+    fuse_quantized_linear,  # linears that read quantized weights as they are
     pack_linears,  # weights in panels; left out where it does not pay
 )
 

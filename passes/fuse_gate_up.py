@@ -4,7 +4,8 @@ before:  g = linear(x, wg); u = linear(x, wu); y = act(g) * u
 after:   z = linear(x, cat([wg, wu])); y = act(z[..., :n]) * z[..., n:]
 
 Any activation; found by the product whose two factors come from linears over one input.
-Weights that serve in several places (layers run in a loop) are left alone.
+Weights that serve in several places (layers run in a loop) are left alone, and so are those that
+are quantized in different ways.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import fx
 from fxlm.compiler.pipeline import graph_pass
 from fxlm.compiler.program import Program
 from fxlm.passes.merge_linears import merge_linears
+from fxlm.passes.quantized_weights import differing
 
 aten = torch.ops.aten
 LINEAR = aten.linear.default
@@ -47,7 +49,9 @@ def _groups(program: Program) -> list[list[fx.Node]]:
         gate, up = gates[0].args[0], ups[0]
         if not isinstance(gate, fx.Node) or gate.target is not LINEAR:
             continue
-        if gate.args[0] is up.args[0] and _serves_once(gate) and _serves_once(up):
+        if gate.args[0] is not up.args[0] or differing([gate.args[1], up.args[1]]):
+            continue
+        if _serves_once(gate) and _serves_once(up):
             groups.append(sorted([gate, up]))
     return groups
 

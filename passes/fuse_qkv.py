@@ -16,6 +16,7 @@ from torch import fx
 from fxlm.compiler.pipeline import graph_pass
 from fxlm.compiler.program import Program, ancestors
 from fxlm.passes.merge_linears import merge_linears
+from fxlm.passes.quantized_weights import differing
 
 LINEAR = torch.ops.aten.linear.default
 
@@ -34,10 +35,11 @@ def _groups(program: Program) -> list[list[fx.Node]]:
     """Groups to merge, each once: several attentions may read one projection.
 
     Left alone are weights that serve in several places (layers run in a loop): merged, each
-    would be held twice.
+    would be held twice. And weights that are quantized in different ways.
     """
     found = {tuple(group): group for group in map(_group, program.attentions()) if group}
-    return [g for g in found.values() if all(len(_weight(n).users) == 1 for n in g)]
+    groups = [g for g in found.values() if all(len(_weight(n).users) == 1 for n in g)]
+    return [g for g in groups if not differing([_weight(n) for n in g])]
 
 
 def _group(attention: fx.Node) -> list[fx.Node]:

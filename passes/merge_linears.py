@@ -3,6 +3,8 @@
 before:  a = linear(x, wa); b = linear(x, wb)
 after:   w = cat([wa, wb]); y = linear(x, w); a = slice(y, 0, na); b = slice(y, na, na + nb)
 
+Quantized weights of one kind are merged in quantized form: dequantize(cat([a, b]), ...).
+
 The concatenation is graph code on the weight side, so `hoist` moves it to load time. A linear
 is left alone if its weight depends on tokens or serves elsewhere too (the parts would then be
 held twice). A linear without bias among others with one gets zeros.
@@ -16,6 +18,7 @@ import torch
 from torch import fx
 
 from fxlm.compiler.program import Program
+from fxlm.passes.quantized_weights import concatenate, differing
 
 aten = torch.ops.aten
 
@@ -36,7 +39,7 @@ def merge_linears(program: Program, group: list[fx.Node]) -> bool:
     first = group[0]
     weights = [n.args[1] for n in group]
     with program.graph.inserting_before(first):
-        weight = program.call(aten.cat.default, weights, 0, like=first)
+        weight = concatenate(program, weights, first)
         bias = _merged_bias(program, group)
         merged = program.call(aten.linear.default, first.args[0], weight, *bias, like=first)
         begin = 0
@@ -79,4 +82,4 @@ def _obstacle(program: Program, group: list[fx.Node]) -> str:
             return "a weight is used elsewhere too"
     if len({n.args[1].meta["val"].dtype for n in group}) > 1:  # type: ignore[union-attr]
         return "the weights have different types"
-    return ""
+    return differing([node.args[1] for node in group])

@@ -39,7 +39,11 @@ def _packable(program: Program) -> int:
     return sum(not _obstacle(node, fixed) for node in program.find(LINEAR))
 
 
-@graph_pass(after=("fuse_qkv", "fuse_gate_up", "sample"), expects=_packable, last=True)
+@graph_pass(
+    after=("fuse_qkv", "fuse_gate_up", "sample", "fuse_quantized_linear"),
+    expects=_packable,
+    last=True,
+)
 def pack_linears(program: Program) -> int:
     """Replace each linear over a weight; returns how many."""
     fixed = program.weight_only()

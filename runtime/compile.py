@@ -416,7 +416,13 @@ def column_of(options: CompileOptions, **settings: dict[str, Any]) -> list[Graph
     for name in options.disabled:
         if name in REQUIRED:
             raise InvalidOption("--disable-pass", name, "the engine cannot run without it")
-    left_out = options.disabled if options.pack_weights else (*options.disabled, "pack_linears")
+    left_out = [*options.disabled]
+    if not options.pack_weights:
+        left_out.append("pack_linears")
+    if options.quantization is None:
+        left_out.append("quantize")
+    else:
+        settings["quantize"] = {"quantization": options.quantization}
     return disable(order(default_column(**settings), options.passes), left_out)
 
 

@@ -32,6 +32,8 @@ class EngineOptions:
         revision: of a hub id.
         dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
         device: ``auto``, ``cpu`` or ``cuda``.
+        quantization: round the weights of linear layers while they are loaded, e.g. ``int8`` or
+            ``int4,head=int8``; see `fxlm.compiler.schemes`.
         max_model_len: context in tokens; None: the model's, or what memory holds.
         kv_cache_memory_bytes: bytes of KV memory; None: planned.
         memory_fraction: share of the memory that planning may use.
@@ -53,6 +55,7 @@ class EngineOptions:
     revision: str | None = None
     dtype: str = "auto"
     device: str = "auto"
+    quantization: str | None = None
     max_model_len: int | None = None
     kv_cache_memory_bytes: int | None = None
     memory_fraction: float = 0.8
@@ -137,6 +140,7 @@ def compile_options(options: EngineOptions) -> CompileOptions:
         passes=tuple(load_pass(p) for p in options.passes),
         disabled=tuple(options.disable_passes),
         trust_remote_code=options.trust_remote_code,
+        quantization=options.quantization,
     )
 
 

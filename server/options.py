@@ -80,6 +80,12 @@ def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
     """Which weights, tokenizer and numbers."""
     group = parser.add_argument_group("model")
     group.add_argument("--dtype", choices=DTYPES, default="auto", help="compute dtype")
+    group.add_argument(
+        "--quantization",
+        metavar="SCHEME[,PATTERN=SCHEME...]",
+        help="round weights while loading: int8, int8wo, int4, int4-g32, int4a8, int4a8-g32, fp8, "
+        "fp8-channel, fp8-block; exceptions by module path, e.g. int4,down_proj=int8,head=int8",
+    )
     group.add_argument("--revision", metavar="REV", help="branch, tag or commit on the hub")
     group.add_argument("--tokenizer", metavar="DIR", help="tokenizer, if not the model's own")
     group.add_argument(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import torch
 
 from fxlm.compiler.capture import capture
+from fxlm.compiler.pipeline import GraphPass
 from fxlm.compiler.program import Facts, Program
 from fxlm.models.build import build_model
 from fxlm.models.tiny import tiny_config
@@ -66,3 +68,8 @@ def run_dense(program: Program, ids: list[int], **inputs: torch.Tensor) -> torch
             args.append(inputs[spec.source])
     (logits,) = torch.fx.Interpreter(program.module).run(*args)
     return logits
+
+
+def configured(item: GraphPass, **options: Any) -> GraphPass:
+    """A pass with options, as the column would hold it."""
+    return replace(item, options=options)

@@ -7,6 +7,7 @@ artifact is served after a bare ``import torch`` and ``load()``.
     fake.py       schemas and shapes of the results
     grouped.py    the linear layers of experts
     linear.py     linear layers over packed weights
+    quantized.py  quantized weights: canonical form, packed form, linear layers over them
     reference.py  plain PyTorch, any device: CUDA for now, and what the kernels are tested against
     build.py      compiles and caches csrc/ for the CPU at hand
     csrc/         the CPU kernels

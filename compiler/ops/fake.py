@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxlm.compiler.ops import linear, reference
+from fxlm.compiler.ops import linear, quantized, reference
 
 ATTENTION = (
     "(Tensor q, Tensor k, Tensor v, int layer, float scale, int window, int chunk, "
@@ -33,6 +33,9 @@ SAMPLE = (
 )
 
 
+_Definition = tuple[str, str, Callable[..., Any], Callable[..., Any]]  # name, schema, kernel, fake
+
+
 def register() -> torch.library.Library:
     """Define the ops and register references and fakes; the result must be kept alive."""
     library = torch.library.Library("fxlm", "DEF")
@@ -46,7 +49,29 @@ def register() -> torch.library.Library:
         _register(library, name, schema, kernel, fake)
         _register(library, f"{name}_reference", schema, kernel, fake)
     _register(library, "attention", ATTENTION, reference.attention, attention)
+    _register_quantized(library)
     return library
+
+
+def _register_quantized(library: torch.library.Library) -> None:
+    """Ops of `fxlm.compiler.ops.quantized`; the packed ones have twins, the others no kernel."""
+    q = quantized
+    plain: list[_Definition] = [
+        ("dequantize", q.DEQUANTIZE, q.dequantize, q.fake_dequantize),
+        ("code_book", q.CODE_BOOK, q.code_book, q.fake_code_book),
+        ("quantize_int", q.QUANTIZE_INT, q.quantize_int, q.fake_quantize_int),
+        ("quantize_fp8", q.QUANTIZE_FP8, q.quantize_fp8, q.fake_quantize_fp8),
+    ]
+    packed: list[_Definition] = [
+        ("pack_codes", q.PACK_CODES, q.pack_codes, q.fake_pack_codes),
+        ("pack_scale", q.PACK_SCALE, q.pack_scale, q.fake_pack_scale),
+        ("quantized_linear", q.QUANTIZED_LINEAR, q.quantized_linear, q.fake_quantized_linear),
+        ("quantized_rows", q.QUANTIZED_ROWS, q.quantized_rows, q.fake_quantized_rows),
+    ]
+    for definition in plain + packed:
+        _register(library, *definition)
+    for name, schema, kernel, fake in packed:
+        _register(library, f"{name}_reference", schema, kernel, fake)
 
 
 def _register(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 
 from fxlm.compiler import pipeline
@@ -49,3 +51,19 @@ def test_expanded_weights_stay_views_in_the_step() -> None:
     pipeline.run(program, [paged_attention, last_tokens, sample])
     cut = hoist(program)
     assert any(n.target is torch.ops.aten.expand.default for n in cut.step.nodes)
+
+
+def test_ops_with_several_results_run_while_loading() -> None:
+    program = pipeline.run(captured(), [cleanup])
+    linear = program.linears()[0]
+    with program.graph.inserting_before(linear):
+        parts = program.call(torch.ops.aten.split.Tensor, linear.args[1], 32, like=linear)
+        first = program.call(operator.getitem, parts, 0, like=linear)
+        second = program.call(operator.getitem, parts, 1, like=linear)
+        again = program.call(torch.ops.aten.cat.default, [first, second], 0, like=linear)
+    linear.args = (linear.args[0], again)
+    pipeline.run(program, [paged_attention, last_tokens, sample])
+    cut = hoist(program)
+    early = {n.target for n in cut.load.nodes}
+    assert {torch.ops.aten.split.Tensor, operator.getitem} <= early
+    assert torch.ops.aten.split.Tensor not in {n.target for n in cut.step.nodes}
