@@ -209,7 +209,6 @@ def _settle(program: Program, item: GraphPass) -> None:
     except (ContractError, RuntimeError, ValueError, TypeError) as error:
         reason = str(error).splitlines()[0]  # lint appends the whole graph
         raise PassError(f"pass {item.name} left an unlawful graph: {reason}") from error
-    program.module.recompile()
 
 
 def _where(error: BaseException) -> str:

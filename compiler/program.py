@@ -9,6 +9,7 @@ captured (`capture`), rewritten in order (`pipeline`), cut (`hoist`, `outline`) 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -248,10 +249,13 @@ class Program:
                 return node
         raise AssertionError(f"no step input {name!r}")
 
-    def propagate(self) -> None:
-        """Compute ``meta["val"]`` of every call anew from the placeholders' values."""
+    def propagate(self, since: fx.Node | None = None) -> None:
+        """Compute ``meta["val"]`` of every call anew, or of those behind the node ``since``."""
+        nodes: Iterable[fx.Node] = self.graph.nodes
+        if since is not None:
+            nodes = itertools.dropwhile(lambda node: node is not since, nodes)
         with self._evaluating():
-            for node in self.graph.nodes:
+            for node in nodes:
                 if node.op == "call_function":
                     _evaluate(node)
 

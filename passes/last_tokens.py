@@ -46,7 +46,7 @@ def last_tokens(program: Program) -> int:
     with program.graph.inserting_before(head):
         rows = program.call(aten.index_select.default, hidden, 1, indices, like=head)
     head.args = (rows, *head.args[1:])
-    program.propagate()
+    program.propagate(since=rows)
     return 1
 
 
