@@ -26,7 +26,8 @@ class Law:
     Attributes:
         roles: roles that placeholders may have.
         forbidden: ops that must not stand in the graph.
-        num_outputs: values returned: logits alone, or (token_ids, logprobs, logprob_ids, ranks).
+        num_outputs: values returned: logits alone, or (token_ids, logprobs, logprob_ids, ranks);
+            taps come behind these.
     """
 
     roles: frozenset[Role]
@@ -54,9 +55,10 @@ def check(program: Program) -> None:
             raise ContractError(f"stage {program.stage}: {problem}")
     returned = program.output().args[0]
     count = len(returned) if isinstance(returned, (tuple, list)) else 1
-    if count != law.num_outputs:
+    wanted = law.num_outputs + len(program.taps)
+    if count != wanted:
         raise ContractError(
-            f"stage {program.stage}: the graph returns {count} values, must be {law.num_outputs}"
+            f"stage {program.stage}: the graph returns {count} values, must be {wanted}"
         )
     if not program.attentions():
         raise ContractError("no attention op in the graph: attention bypasses the interface")

@@ -33,6 +33,8 @@ class CompileOptions:
         trust_remote_code: run Python that comes with the checkpoint.
         quantization: scheme of the linear layers, with exceptions; see `compiler.schemes`. None:
             weights stay as the checkpoint has them.
+        tap: modules whose output requests may ask for.
+        steer: modules to whose output requests may add a vector.
         pack_weights: keep the pass `pack_linears` in the column; None: where it pays.
     """
 
@@ -45,6 +47,8 @@ class CompileOptions:
     disabled: tuple[str, ...] = ()
     trust_remote_code: bool = False
     quantization: str | None = None
+    tap: tuple[str, ...] = ()
+    steer: tuple[str, ...] = ()
     pack_weights: bool | None = None
 
     def __post_init__(self) -> None:
@@ -52,6 +56,9 @@ class CompileOptions:
             raise InvalidOption("dtype", self.dtype, f"use auto, {', '.join(DTYPES)}")
         if self.device.split(":")[0] not in ("cpu", "cuda"):
             raise InvalidOption("device", self.device, "use cpu or cuda")
+        for name, points in (("tap", self.tap), ("steer", self.steer)):
+            if len(set(points)) != len(points):
+                raise InvalidOption(name, ", ".join(points), "name each module once")
         if self.block_size < 1 or self.block_size & (self.block_size - 1):
             raise InvalidOption("block_size", self.block_size, "use a power of two, e.g. 16")
         if self.quantization is not None:

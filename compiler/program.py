@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import fx
 
+from fxlm.compiler.errors import PassError
 from fxlm.compiler.report import PassReport
 
 if TYPE_CHECKING:  # symbolic shapes take half a second to import, and serving needs none
@@ -93,6 +94,8 @@ class Program:
         misses: near misses of the running pass, shown when it fires too seldom.
         symbols: sizes that change from step to step, by name.
         max_tokens: most tokens of a step that the graph takes.
+        taps: names of the values returned behind the results proper; see `tap`.
+        steered: points at which requests may add a vector, in order, and their hidden sizes.
     """
 
     module: fx.GraphModule
@@ -106,6 +109,8 @@ class Program:
     misses: list[str] = field(default_factory=list)
     symbols: dict[str, torch.SymInt] = field(default_factory=dict)
     max_tokens: int = MAX_TOKENS
+    taps: list[str] = field(default_factory=list)
+    steered: dict[str, int] = field(default_factory=dict)
 
     @property
     def graph(self) -> fx.Graph:
@@ -237,10 +242,44 @@ class Program:
 
     def logits(self) -> fx.Node:
         """The single value that the graph returns before tokens are drawn in it."""
-        returned: Any = self.output().args[0]
-        (node,) = returned
-        assert isinstance(node, fx.Node), node
+        (node,) = self.results()
         return node
+
+    def results(self) -> list[fx.Node]:
+        """What the graph returns, taps left out."""
+        returned: Any = self.output().args[0]
+        return list(returned[: len(returned) - len(self.taps)])
+
+    def set_results(self, nodes: Sequence[fx.Node]) -> None:
+        """Return these instead of what is returned now; taps stay."""
+        returned: Any = self.output().args[0]
+        taps = returned[len(returned) - len(self.taps) :]
+        self.output().args = ((*nodes, *taps),)
+
+    def tap(self, name: str, node: fx.Node) -> None:
+        """Return a value of each token to the requests that ask for it by this name.
+
+        Args:
+            name: what requests call it; a name in use is an error.
+            node: [1,T,...] or [T,...] with T the tokens of the step.
+
+        Raises:
+            PassError: no size of a token's own, or the name is taken.
+        """
+        value: Any = node.meta["val"]
+        tokens = self.symbol("T")
+        if name in self.taps:
+            raise PassError(f"a tap named {name!r} exists already")
+        with self.graph.inserting_before(self.output()):
+            if value.dim() > 1 and value.shape[0] == 1 and value.shape[1] == tokens:
+                node = self.call(torch.ops.aten.select.int, node, 0, 0, like=node)
+            elif value.dim() < 1 or value.shape[0] != tokens:
+                raise PassError(
+                    f"tap {name!r} is {list(value.shape)}; it must begin with the tokens, [1,T,...]"
+                )
+        returned: Any = self.output().args[0]
+        self.output().args = ((*returned, node),)
+        self.taps.append(name)
 
     def find_step_input(self, name: str) -> fx.Node:
         """The placeholder of an existing step input."""
@@ -284,6 +323,12 @@ def module_path(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     paths = [str(path) for path, _ in stack.values()]
     return paths[-1].removeprefix("m.") if paths and paths[-1] != "m" else ""
+
+
+def module_paths(node: fx.Node) -> list[str]:
+    """Paths of all modules around the node, the outermost first."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return [str(path).removeprefix("m.") for path, _ in stack.values() if str(path) != "m"]
 
 
 def ancestors(nodes: Iterable[fx.Node], stop: Any = None) -> Iterator[fx.Node]:

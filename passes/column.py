@@ -16,6 +16,8 @@ from fxlm.passes.pack_linears import pack_linears
 from fxlm.passes.paged_attention import paged_attention
 from fxlm.passes.quantize import quantize
 from fxlm.passes.sample import sample
+from fxlm.passes.steer import steer
+from fxlm.passes.tap import tap
 
 COLUMN: tuple[GraphPass, ...] = (
     bind_checkpoint,  # parameters -> tensors of the checkpoint, as graph code
@@ -23,6 +25,8 @@ COLUMN: tuple[GraphPass, ...] = (
     quantize,  # weights of linears rounded while loading; left out unless it is asked for
     fuse_qkv,  # one matmul for q, k, v
     fuse_gate_up,  # one matmul for gate and up
+    steer,  # a request's own vector, added at --steer points
+    tap,  # hidden states of --tap points leave the graph
     paged_attention,  # attention over block tables; the cache is written in the graph
     last_tokens,  # logits only for the rows that are drawn or scored
     sample,  # token ids leave the graph, logits do not

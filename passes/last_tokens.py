@@ -39,7 +39,7 @@ def last_tokens(program: Program) -> int:
         program.miss(logits, "the logits come from no matmul; rows are taken behind it")
         with program.graph.inserting_after(logits):
             rows = program.call(aten.index_select.default, logits, 1, indices, like=logits)
-        program.output().args = ((rows,),)
+        program.set_results([rows])
         return 1
     hidden = head.args[0]
     assert isinstance(hidden, fx.Node)

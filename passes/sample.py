@@ -37,5 +37,5 @@ def sample(program: Program) -> int:
             torch.ops.fxlm.sample.default, rows, *extra, program.facts.max_logprobs, like=logits
         )
         parts = [program.call(operator.getitem, drawn, i, like=logits) for i in range(4)]
-    program.output().args = (tuple(parts),)
+    program.set_results(parts)
     return 1

@@ -349,6 +349,8 @@ class _Compiler:
                 "device": facts.device.type, "block_size": facts.block_size,
                 "max_logprobs": facts.max_logprobs, "max_tokens": program.max_tokens,
             },
+            "taps": _taps(program),
+            "steered": [[path, size] for path, size in program.steered.items()],
             "checkpoint": self.checkpoint.digest(),
             "weights": {name: weights[name] for name in cut.prepared},
             "activations": activation_costs(program, plan),
@@ -388,6 +390,14 @@ def _tensor_spec(value: torch.Tensor) -> dict[str, Any]:
         "shape": [int(s) for s in value.shape],
         "stride": [int(s) for s in value.stride()],
     }
+
+
+def _taps(program: Program) -> list[list[Any]]:
+    """Name and shape of a token's row of each tap, in the order of the step's last results."""
+    returned: Any = program.output().args[0]
+    values = [n.meta["val"] for n in returned[len(returned) - len(program.taps) :]]
+    rows = [[int(size) for size in value.shape[1:]] for value in values]
+    return [[name, row] for name, row in zip(program.taps, rows, strict=True)]
 
 
 def _pass_line(report: Any) -> dict[str, Any]:
@@ -433,14 +443,17 @@ def column_of(options: CompileOptions, **settings: dict[str, Any]) -> list[Graph
     for name in options.disabled:
         if name in REQUIRED:
             raise InvalidOption("--disable-pass", name, "the engine cannot run without it")
-    left_out = [*options.disabled]
-    if not options.pack_weights:
-        left_out.append("pack_linears")
-    if options.quantization is None:
-        left_out.append("quantize")
-    else:
-        settings["quantize"] = {"quantization": options.quantization}
-    return disable(order(default_column(**settings), options.passes), left_out)
+    settings |= {"steer": {"points": options.steer}, "tap": {"points": options.tap}}
+    settings["quantize"] = {"quantization": options.quantization}
+    wanted = {
+        "pack_linears": options.pack_weights,
+        "quantize": options.quantization is not None,
+        "steer": options.steer,
+        "tap": options.tap,
+    }
+    unused = [name for name, given in wanted.items() if not given]
+    column = order(default_column(**settings), options.passes)
+    return disable(column, (*options.disabled, *unused))
 
 
 def packing(options: CompileOptions, dtype: torch.dtype) -> tuple[bool, str]:

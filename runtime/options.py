@@ -45,6 +45,8 @@ class EngineOptions:
         enforce_eager: interpret the graph instead of compiling it.
         passes: user passes, ``file.py:name`` or pass objects.
         disable_passes: passes of the column to leave out.
+        tap: modules whose output requests may ask for, e.g. ``model.layers.3``.
+        steer: modules to whose output requests may add a vector.
         cache_dir: where artifacts are kept.
         threads: CPU threads; None: the cores this process may use.
         seed: makes requests without a seed repeatable; None draws them at random.
@@ -67,6 +69,8 @@ class EngineOptions:
     enforce_eager: bool = False
     passes: tuple[Any, ...] = ()
     disable_passes: tuple[str, ...] = ()
+    tap: tuple[str, ...] = ()
+    steer: tuple[str, ...] = ()
     cache_dir: str | None = None
     threads: int | None = None
     seed: int | None = None
@@ -89,7 +93,7 @@ class EngineOptions:
         for item in self.passes:
             if not isinstance(item, str):
                 raise InvalidOption("passes", item, "an engine process takes file.py:name")
-        return {**values, "passes": list(self.passes), "disable_passes": list(self.disable_passes)}
+        return {**values, "passes": list(self.passes)}
 
 
 def from_mapping(values: Mapping[str, Any]) -> EngineOptions:
@@ -139,13 +143,15 @@ def compile_options(options: EngineOptions) -> CompileOptions:
         eager=options.enforce_eager,
         passes=tuple(load_pass(p) for p in options.passes),
         disabled=tuple(options.disable_passes),
+        tap=tuple(options.tap),
+        steer=tuple(options.steer),
         trust_remote_code=options.trust_remote_code,
         quantization=options.quantization,
     )
 
 
 def load_pass(item: Any) -> GraphPass:
-    """A pass object as it is, or the one that ``file.py:name`` names.
+    """A pass object as it is, or the one that ``file.py:name`` or an installed package names.
 
     Raises:
         InvalidOption: no such file, no such name, or it is no pass.
@@ -157,11 +163,38 @@ def load_pass(item: Any) -> GraphPass:
     if not isinstance(item, str):
         raise InvalidOption("passes", item, "decorate the function with @graph_pass")
     file, _, name = item.rpartition(":")
-    if not file or not Path(file).is_file():
+    if not file:
+        return _installed_pass(item)
+    if not Path(file).is_file():
         raise InvalidOption("--pass", item, "write FILE.py:NAME with a file that exists")
     found = getattr(_module(Path(file)), name, None)
     if not isinstance(found, GraphPass):
         raise InvalidOption("--pass", item, f"{file} has no @graph_pass function {name!r}")
+    return found
+
+
+def _installed_pass(name: str) -> GraphPass:
+    """The pass that an installed package offers under this name of the group ``fxlm.passes``."""
+    from importlib.metadata import entry_points
+
+    from fxlm.compiler.pipeline import GraphPass
+
+    offered = {point.name: point for point in entry_points(group="fxlm.passes")}
+    if name not in offered:
+        import difflib
+
+        near = difflib.get_close_matches(name, offered, n=1)
+        known = f"did you mean {near[0]!r}?" if near else f"installed: {', '.join(offered) or '-'}"
+        raise InvalidOption(
+            "--pass", name, f"write FILE.py:NAME, or the name of an installed pass ({known})"
+        )
+    try:
+        found = offered[name].load()
+    except Exception as error:  # whatever the package raises while it is imported
+        reason = f"{offered[name].value} does not import: {type(error).__name__}: {error}"
+        raise InvalidOption("--pass", name, reason) from error
+    if not isinstance(found, GraphPass):
+        raise InvalidOption("--pass", name, f"{offered[name].value} is no @graph_pass function")
     return found
 
 

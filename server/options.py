@@ -145,8 +145,8 @@ def add_compiler_options(parser: argparse.ArgumentParser) -> None:
         dest="passes",
         action="append",
         default=[],
-        metavar="FILE.py:NAME",
-        help="a graph pass of your own; may be repeated",
+        metavar="PASS",
+        help="a graph pass of your own: FILE.py:NAME, or an installed one; may be repeated",
     )
     group.add_argument(
         "--disable-pass",
@@ -156,7 +156,26 @@ def add_compiler_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="leave out a pass of the pipeline; may be repeated",
     )
+    add_point_options(group)
     group.add_argument("--cache-dir", metavar="DIR", help="where artifacts are kept")
+
+
+def add_point_options(group: argparse._ArgumentGroup) -> None:
+    """Where requests may look into the model, or push it."""
+    group.add_argument(
+        "--tap",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="let requests ask for what leaves this module, e.g. model.layers.3; may be repeated",
+    )
+    group.add_argument(
+        "--steer",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="let requests add a vector to what leaves this module; may be repeated",
+    )
 
 
 def add_server_options(parser: argparse.ArgumentParser) -> None:

@@ -66,7 +66,7 @@ def run_dense(program: Program, ids: list[int], **inputs: torch.Tensor) -> torch
             args.append(torch.arange(len(ids))[None])
         else:
             args.append(inputs[spec.source])
-    (logits,) = torch.fx.Interpreter(program.module).run(*args)
+    logits, *_ = torch.fx.Interpreter(program.module).run(*args)
     return logits
 
 
