@@ -1,15 +1,16 @@
-"""Bind the raw tensors of a checkpoint to the parameters of the model.
+"""Bind the tensors of a checkpoint to the parameters of the model.
 
 Transformers knows, per model type, how names and layouts on disk differ from those in the
 module: renamings, experts stacked, tensors joined, split or transposed. `bind` works out from
-names and shapes alone which raw tensors make which parameter; `Binding.convert` then runs
-those very rules on any tensors, real, fake or traced, so that a compiler can have them as
-graph nodes. Not here: reading the tensors (`fxlm.models.checkpoint`).
+names and shapes alone which tensors make which parameter; `Binding.convert` then runs those very
+rules on any tensors, real, fake or traced, so that a compiler can have them as graph nodes. The
+rules see the tensors of a dense checkpoint; of a quantized one, a format makes them from the raw
+tensors first (`fxlm.models.formats`). Not here: reading the tensors (`fxlm.models.checkpoint`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,26 +21,31 @@ from torch import nn
 from fxlm.compiler.errors import InvalidModel
 from fxlm.models import compat
 from fxlm.models.checkpoint import Checkpoint
+from fxlm.models.formats import LogicalTensor, logical_tensors
 
 _SHOWN = 5  # names listed in an error
 
 
 @dataclass(slots=True, kw_only=True)
 class _Rule:
-    """One conversion: raw tensors (name, pattern that matched) -> parameters."""
+    """One conversion: logical tensors (name, pattern that matched) -> parameters."""
 
     first: str  # name of the first parameter, as transformers' rules want it
     transform: Any
     sources: list[tuple[str, str]] = field(default_factory=list)
     makes: list[str] = field(default_factory=list)
 
+    def raw(self, logical: Mapping[str, LogicalTensor]) -> list[str]:
+        """Raw tensors that the sources are made of."""
+        return [raw for name, _ in self.sources for raw in logical[name].sources]
+
     def apply(
-        self, raw: Mapping[str, torch.Tensor], dtype: torch.dtype | None, model: Any
+        self, read: Callable[[str], torch.Tensor], dtype: torch.dtype | None, model: Any
     ) -> dict[str, torch.Tensor]:
         """Run the rule; each tensor is cast first, as transformers does."""
         transform = deepcopy(self.transform)
         for name, pattern in self.sources:
-            tensor = raw[name]
+            tensor = read(name)
             if dtype is not None and tensor.dtype != dtype:
                 tensor = tensor.to(dtype)
             transform.add_tensor(self.first, name, pattern, tensor)
@@ -65,11 +71,12 @@ class Binding:
     unused: list[str]
     constants: list[str]
     _rules: list[_Rule]
+    _logical: dict[str, LogicalTensor]
     _model: Any
     _dtypes: dict[str, torch.dtype]
 
     def convert(self, raw: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Run transformers' rules.
+        """Run the format's code, then transformers' rules.
 
         Args:
             raw: every tensor of ``names``: real, fake, meta or traced by a proxy.
@@ -77,9 +84,14 @@ class Binding:
         Returns:
             A tensor for every key of ``targets`` and of ``tied``, in the dtype of that parameter.
         """
+
+        def read(name: str) -> torch.Tensor:
+            logical = self._logical[name]
+            return logical.build(*(raw[source] for source in logical.sources))
+
         result: dict[str, torch.Tensor] = {}
         for rule in self._rules:
-            made = rule.apply(raw, self._dtypes.get(rule.first), self._model)
+            made = rule.apply(read, self._dtypes.get(rule.first), self._model)
             result.update({name: value for name, value in made.items() if name in self.targets})
         result.update({name: result[source] for name, source in self.tied.items()})
         return result
@@ -96,23 +108,26 @@ def bind(checkpoint: Checkpoint, model: nn.Module) -> Binding:
         InvalidModel: tensors are missing, or have another shape than the model's.
     """
     hf: Any = model
-    rules, unused = _rules(checkpoint, hf)
-    made, targets = _dry_run(rules, checkpoint, hf)
+    logical = logical_tensors(checkpoint)
+    rules, unused = _rules(logical, hf)
+    made, targets = _dry_run(rules, logical, hf)
     tied = _tie(checkpoint, hf, targets)
     _require_all(checkpoint, hf, targets, tied)
     _require_shapes(hf, made, targets)
     constants = _promote_buffers(hf, targets)
     used = [rule for rule in rules if any(name in targets for name in rule.makes)]
-    unused += [name for rule in rules if rule not in used for name, _ in rule.sources]
+    names = dict.fromkeys(raw for rule in used for raw in rule.raw(logical))
+    unused += [raw for rule in rules if rule not in used for raw in rule.raw(logical)]
     dtypes = {name: tensor.dtype for name, tensor in hf.state_dict(keep_vars=True).items()}
     return Binding(
-        names=[name for rule in used for name, _ in rule.sources], targets=targets, tied=tied,
-        unused=sorted(unused), constants=constants, _rules=used, _model=hf, _dtypes=dtypes,
+        names=list(names), targets=targets, tied=tied,
+        unused=sorted(set(unused) - set(names)), constants=constants, _rules=used,
+        _logical=logical, _model=hf, _dtypes=dtypes,
     )  # fmt: skip
 
 
-def _rules(checkpoint: Checkpoint, model: Any) -> tuple[list[_Rule], list[str]]:
-    """Sort raw names into rules, the way transformers' own loader does."""
+def _rules(logical: Mapping[str, LogicalTensor], model: Any) -> tuple[list[_Rule], list[str]]:
+    """Sort names into rules, the way transformers' own loader does; and raw names left over."""
     from transformers.core_model_loading import (
         WeightConverter,
         WeightRenaming,
@@ -128,12 +143,14 @@ def _rules(checkpoint: Checkpoint, model: Any) -> tuple[list[_Rule], list[str]]:
     prefix = model.base_model_prefix
     rules: dict[str, _Rule] = {}
     unused: list[str] = []
-    for raw in sorted(checkpoint.tensors, key=dot_natural_key):
+    for raw in sorted(logical, key=dot_natural_key):
         name, pattern = rename_source_key(raw, renamings, converters, prefix, state)
         if name not in state and raw in state:
             name, pattern = rename_source_key(raw, [], [], prefix, state)
         if name not in state or (pattern is None and name in rules):
-            unused.append(raw)  # of several renamed to one parameter the first is taken
+            unused.extend(
+                logical[raw].sources
+            )  # of several renamed to one parameter the first is taken
             continue
         fresh = WeightRenaming(raw, name) if pattern is None else by_pattern[pattern]
         rule = rules.setdefault(name, _Rule(first=name, transform=fresh))
@@ -142,18 +159,18 @@ def _rules(checkpoint: Checkpoint, model: Any) -> tuple[list[_Rule], list[str]]:
 
 
 def _dry_run(
-    rules: list[_Rule], checkpoint: Checkpoint, model: Any
+    rules: list[_Rule], logical: Mapping[str, LogicalTensor], model: Any
 ) -> tuple[dict[str, torch.Tensor], dict[str, list[str]]]:
-    """Convert meta tensors: the shape of every parameter, and what it is made of."""
+    """Convert meta tensors: the shape of every parameter, and the raw tensors it is made of."""
     meta = {
-        name: torch.empty(info.shape, dtype=info.torch_dtype, device="meta")
-        for name, info in checkpoint.tensors.items()
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        for name, tensor in logical.items()
     }
     made: dict[str, torch.Tensor] = {}
     targets: dict[str, list[str]] = {}
     for rule in rules:
         try:
-            result = rule.apply(meta, None, model)
+            result = rule.apply(meta.__getitem__, None, model)
         except (RuntimeError, ValueError, IndexError, KeyError, TypeError) as error:
             raise InvalidModel(
                 f"{rule.first} cannot be made of {', '.join(n for n, _ in rule.sources[:3])} "
@@ -161,7 +178,7 @@ def _dry_run(
             ) from error
         rule.makes = list(result)
         made.update(result)
-        targets.update({name: [source for source, _ in rule.sources] for name in result})
+        targets.update({name: rule.raw(logical) for name in result})
     return made, targets
 
 

@@ -63,7 +63,7 @@ def build_model(
         config = load_config(checkpoint, trust_remote_code=trust_remote_code)
     else:
         config = copy.deepcopy(checkpoint)
-    _refuse_quantized(config)
+    _forget_quantization(config)
     attention.register()
     experts.register()
     model: nn.Module = _construct(config, dtype, trust_remote_code)
@@ -75,11 +75,12 @@ def build_model(
     return model
 
 
-def _refuse_quantized(config: Any) -> None:
-    method = getattr(config, "quantization_config", None)
-    if method:
-        name = method.get("quant_method", "?") if isinstance(method, dict) else method
-        raise UnsupportedModel(f"the checkpoint is quantized ({name}), which is not read yet")
+def _forget_quantization(config: Any) -> None:
+    """Formats unpack to dense weights, so transformers' quantizers have no part in the model."""
+    for owner in (config, getattr(config, "text_config", None)):
+        for key in ("quantization_config", "compression_config"):
+            if owner is not None and key in owner.__dict__:
+                delattr(owner, key)
 
 
 def _restart(module: nn.Module, args: object) -> None:

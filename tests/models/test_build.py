@@ -2,6 +2,7 @@
 
 import resource
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -71,11 +72,15 @@ def test_config_is_not_changed() -> None:
     assert config.to_dict() == before
 
 
-def test_what_cannot_be_built(tmp_path: Path) -> None:
+def test_quantization_is_no_part_of_the_model() -> None:
     config = tiny_config("llama")
-    config.quantization_config = {"quant_method": "gptq"}
-    with pytest.raises(UnsupportedModel, match="gptq"):
-        build_model(config, torch.float32)
+    config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    model: Any = build_model(config, torch.float32)
+    assert type(model.model.layers[0].mlp.up_proj) is torch.nn.Linear
+    assert not hasattr(model.config, "quantization_config")
+
+
+def test_what_cannot_be_built(tmp_path: Path) -> None:
     path = make_checkpoint("llama", tmp_path)
     text = (path / "config.json").read_text()
     (path / "config.json").write_text(text.replace('"llama"', '"no_such_type"'))
