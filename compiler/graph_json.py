@@ -108,13 +108,21 @@ class Runner:
 
     def __init__(self, lines: list[list[Any]]) -> None:
         self.inputs = [line[1] for line in lines if line[0] == "in"]
-        names = [line[1] for line in lines if line[0] != "out"]
-        self._place = {name: i for i, name in enumerate(names)}
+        self._names = [line[1] for line in lines if line[0] != "out"]
+        self._place = {name: i for i, name in enumerate(self._names)}
         self._output = self._decode(next(line[1] for line in lines if line[0] == "out"))
         self._steps = self._plan([line for line in lines if line[0] == "op"])
 
-    def run(self, read: Mapping[str, Any] | Callable[[str], Any]) -> list[Any]:
+    def run(
+        self,
+        read: Mapping[str, Any] | Callable[[str], Any],
+        watch: Callable[[str, Any], None] | None = None,
+    ) -> list[Any]:
         """Run on inputs by name; each is asked for when it is first needed.
+
+        Args:
+            read: inputs.
+            watch: called with the name and the value of each call, in order.
 
         Returns:
             The graph's outputs, in order.
@@ -135,6 +143,8 @@ class Runner:
         for step in self._steps:
             kwargs = {key: fetch(value) for key, value in step.kwargs.items()}
             table[step.index] = step.target(*fetch(step.args), **kwargs)
+            if watch is not None:
+                watch(self._names[step.index], table[step.index])
             for index in step.release:
                 table.pop(index, None)
         result: list[Any] = fetch(self._output)

@@ -140,7 +140,7 @@ def _name(rank: int, last: int, taken: list[str]) -> str:
 def _ranks(step: fx.Graph) -> dict[fx.Node, int]:
     """0 before the layers, i + 1 in layer i, and one more after the last."""
     prefix = _layer_list(step)
-    layers = {n: _layer(n, prefix) for n in step.nodes if n.op == "call_function"}
+    layers = layer_numbers(step)
     if not prefix or max(layers.values()) < 1:
         return dict.fromkeys(layers, 0)
     last = max(layers.values()) + 1
@@ -154,6 +154,12 @@ def _ranks(step: fx.Graph) -> dict[fx.Node, int]:
     # A node of a layer that needs nothing of the layers before it could run earlier, but
     # belongs to its layer: equal layers stay equal.
     return ranks
+
+
+def layer_numbers(graph: fx.Graph) -> dict[fx.Node, int]:
+    """The layer that each call belongs to by its module path; -1 outside of the layers."""
+    prefix = _layer_list(graph)
+    return {n: _layer(n, prefix) for n in graph.nodes if n.op == "call_function"}
 
 
 def _layer_list(step: fx.Graph) -> str:

@@ -1,0 +1,156 @@
+"""What can be run on the fixtures: the oracle, the stages of a column, a compiled artifact.
+
+The oracle is the captured graph in float32, before any pass. Not here: prompts and steps
+(`fixtures`), the comparison (`compare`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+
+from fxlm.compiler.artifact import Artifact
+from fxlm.compiler.options import CompileOptions
+from fxlm.compiler.program import CacheSpec, Facts
+from fxlm.compiler.stages import Caches, Snapshot, Stage, walk
+from fxlm.compiler.step import Reader, Step, load_weights
+from fxlm.models.checkpoint import Checkpoint
+from fxlm.runtime.compile import Front, front
+from fxlm.runtime.explain import fixtures
+from fxlm.runtime.explain.compare import Scores, from_logits, from_samples, joined
+from fxlm.runtime.explain.fixtures import Mode
+
+Prompts = Sequence[Sequence[int]]
+
+
+class Subject(Protocol):
+    """Something that runs steps."""
+
+    paged: bool
+    sampled: bool
+    cache_specs: list[CacheSpec]
+
+    def __call__(self, inputs: dict[str, torch.Tensor], caches: Caches) -> list[torch.Tensor]:
+        """One step."""
+        ...
+
+
+class ArtifactSubject:
+    """An artifact with its weights, as a subject.
+
+    Args:
+        artifact: opened.
+        read: tensors of its checkpoint.
+        eager: interpret the regions even if packages are there.
+    """
+
+    paged = True
+    sampled = True
+
+    def __init__(self, artifact: Artifact, read: Reader, eager: bool = False) -> None:
+        self.artifact = artifact
+        self.eager = eager
+        self.cache_specs = artifact.caches()
+        with torch.inference_mode():
+            self.weights = load_weights(artifact, read, torch.device("cpu"))
+
+    def __call__(self, inputs: dict[str, torch.Tensor], caches: Caches) -> list[torch.Tensor]:
+        """One step; a `Step` is bound to its caches, so each run has its own."""
+        with torch.inference_mode():
+            return Step(self.artifact, self.weights, caches, self.eager)(inputs)
+
+
+def new_caches(specs: Sequence[CacheSpec], num_blocks: int, block_size: int) -> Caches:
+    """Empty KV memory of every layer."""
+    made = {}
+    for layer, spec in enumerate(specs):
+        for name, dim in (("k", spec.key_dim), ("v", spec.value_dim)):
+            shape = (num_blocks, spec.num_kv_heads, block_size, dim)
+            made[name, layer] = torch.zeros(shape, dtype=spec.dtype)
+    return made
+
+
+def score(
+    subject: Subject, prompts: Prompts, mode: Mode, *, vocab_size: int, block_size: int
+) -> Scores:
+    """Run the prompts in one mode. A subject without a cache knows ``prefill alone`` only."""
+    assert subject.paged or mode == "prefill alone", mode
+    parts: list[Scores] = []
+    caches: Caches = {}
+    run = -1
+    for number, chunks in fixtures.steps(prompts, mode):
+        if number != run:
+            blocks = fixtures.num_blocks(prompts, block_size)
+            caches = new_caches(subject.cache_specs, blocks, block_size)
+            run = number
+        outputs = subject(fixtures.step_inputs(prompts, chunks, block_size), caches)
+        rows = fixtures.rows_of(chunks)
+        if all(fixtures.is_scored(mode, chunk) for chunk in chunks):
+            sampled = subject.sampled
+            parts.append(from_samples(rows, outputs, vocab_size) if sampled
+                         else from_logits(rows, outputs[0]))  # fmt: skip
+    return joined(parts)
+
+
+def modes_of(subject: Subject) -> tuple[Mode, ...]:
+    """The modes in which a subject can run."""
+    return fixtures.MODES if subject.paged else ("prefill alone",)
+
+
+def reference(checkpoint: Checkpoint, options: CompileOptions, prompts: Prompts) -> Scores:
+    """What the oracle says of every token of the prompts.
+
+    Raises:
+        UnsupportedModel: the model does not capture in float32.
+    """
+    start = front(checkpoint, replace(options, dtype="float32"))
+    oracle = Stage(start.program, parameters(start, checkpoint, torch.float32))
+    facts = start.program.facts
+    return score(
+        oracle, prompts, "prefill alone",
+        vocab_size=facts.vocab_size, block_size=facts.block_size,
+    )  # fmt: skip
+
+
+def parameters(
+    start: Front, checkpoint: Checkpoint, dtype: torch.dtype | None = None
+) -> Callable[[str], torch.Tensor]:
+    """Parameters by qualified name, made from the checkpoint by transformers' own rules.
+
+    Args:
+        dtype: of floating-point parameters; None leaves them as the rules gave them.
+    """
+    made = start.binding.convert({name: checkpoint.read(name) for name in start.binding.names})
+    wanted = {
+        start.program.inputs[n.name].source: n.meta["val"].dtype
+        for n in start.program.placeholders()
+    }
+
+    def read(name: str) -> torch.Tensor:
+        value = made[name]
+        floating = value.is_floating_point()
+        return value.to(dtype) if dtype is not None and floating else value.to(wanted[name])
+
+    return read
+
+
+def stages(
+    start: Front, checkpoint: Checkpoint
+) -> Iterator[tuple[Snapshot, Callable[[], Stage]]]:
+    """Each stage of the column with what makes it runnable; hold one at a time."""
+
+    def make(snapshot: Snapshot) -> Stage:
+        bound = snapshot.report is not None
+        read = checkpoint.read if bound else parameters(start, checkpoint)
+        return Stage(snapshot.program, read)
+
+    for snapshot in walk(start.program, start.column):
+        yield snapshot, lambda snapshot=snapshot: make(snapshot)  # type: ignore[misc]
+
+
+def facts_of(start: Front) -> Facts:
+    """Facts of the captured program."""
+    return start.program.facts
