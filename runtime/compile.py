@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,12 @@ from fxlm.compiler import artifact as artifacts
 from fxlm.compiler import key as keys
 from fxlm.compiler.artifact import Artifact, dtype_name
 from fxlm.compiler.errors import ArtifactError, InvalidOption
-from fxlm.compiler.ops import cpu_implementation
-from fxlm.compiler.ops.build import cpu_flags
-from fxlm.compiler.options import CompileOptions, resolve_dtype
-from fxlm.compiler.pipeline import GraphPass, disable, order
-from fxlm.compiler.program import Facts, Program
+from fxlm.compiler.options import CompileOptions
+from fxlm.compiler.program import Program
 from fxlm.models.checkpoint import Checkpoint, open_checkpoint
 from fxlm.models.rope import follows_length
-from fxlm.passes.column import REQUIRED, default_column
 from fxlm.runtime import machine
+from fxlm.runtime.front import column_of, front, resolved
 from fxlm.runtime.options import EngineOptions, compile_options, from_mapping
 
 _log = logging.getLogger(__name__)
@@ -41,7 +38,14 @@ _log = logging.getLogger(__name__)
 Report = Callable[[str, float], None]
 
 # What an artifact's directory holds, and nothing else.
-PARTS = {artifacts.MANIFEST, "load.json", "constants.safetensors", "regions", "model"}
+PARTS = {
+    artifacts.MANIFEST,
+    "verified.json",
+    "load.json",
+    "constants.safetensors",
+    "regions",
+    "model",
+}
 # What the tokenizer, the template and the defaults of a request need.
 MODEL_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
@@ -97,10 +101,7 @@ def compile_model(
     Raises:
         UnsupportedModel, PassError, InvalidOption: the model or the passes are at fault.
     """
-    dtype, _ = resolve_dtype(options.dtype, stored_dtype(checkpoint), options.device)
-    packs, why = packing(options, dtype)
-    _log.info("weights are %spacked: %s", "" if packs else "not ", why)
-    options = replace(options, pack_weights=packs)
+    options, dtype = resolved(checkpoint, options)
     column = column_of(options)
     length = options.max_model_len if follows_length(checkpoint.config) else None
     factors = keys.factors(checkpoint.digest(), dtype_name(dtype), options, column, length)
@@ -116,7 +117,7 @@ def compile_model(
         _require_writable(path.parent, "--cache-dir" if output is None else "--output")
         pool = root / "regions"
         with _no_collection():
-            return _Compiler(checkpoint, options, dtype, factors, pool, report).run(path)
+            return _Compiler(checkpoint, options, factors, pool, report).run(path)
 
 
 def compile_for(
@@ -229,14 +230,12 @@ class _Compiler:
         self,
         checkpoint: Checkpoint,
         options: CompileOptions,
-        dtype: torch.dtype,
         factors: dict[str, Any],
         pool: Path,
         report: Report | None,
     ) -> None:
         self.checkpoint = checkpoint
         self.options = options
-        self.dtype = dtype
         self.factors = factors
         self.key = keys.digest(factors)
         self.pool = pool
@@ -277,39 +276,12 @@ class _Compiler:
 
     def program(self) -> Program:
         """Capture and run the column."""
-        with self.stage("import"):
-            from fxlm.compiler.capture import capture
-            from fxlm.compiler.pipeline import run
-            from fxlm.models.binding import bind
-            from fxlm.models.build import build_model
-            from fxlm.models.rope import fix_lengths
-        with self.stage("build"):
-            trust = self.options.trust_remote_code
-            model = build_model(self.checkpoint, self.dtype, trust_remote_code=trust)
-            facts = self.facts(model)
-            fix_lengths(model, self.options.max_model_len or facts.max_position_embeddings)
-            binding = bind(self.checkpoint, model)
-        with self.stage("capture"):
-            program = capture(model, facts)
-        raw = {n: _raw_type(self.checkpoint, n) for n in binding.names}
-        column = column_of(self.options, bind_checkpoint={"convert": binding.convert, "raw": raw})
+        start = front(self.checkpoint, self.options, self.stage)
+        from fxlm.compiler.pipeline import run
+
         with self.stage("passes"):
-            run(program, column)
-        return program
-
-    def facts(self, model: Any) -> Facts:
-        from fxlm.models.facts import facts
-
-        found = facts(model.config)
-        return Facts(
-            model_type=found.model_type,
-            vocab_size=found.vocab_size,
-            max_position_embeddings=found.max_position_embeddings,
-            num_layers=found.num_layers,
-            dtype=self.dtype,
-            device=torch.device(self.options.device),
-            block_size=self.options.block_size,
-        )
+            run(start.program, start.column)
+        return start.program
 
     def lower(self, work: Path, plan: Any) -> None:
         """Compile each region, or take it from the pool of regions compiled before."""
@@ -371,19 +343,6 @@ class _Compiler:
         }  # fmt: skip
 
 
-def stored_dtype(checkpoint: Checkpoint) -> str:
-    """Name of the dtype that the checkpoint's config states, or ``""``."""
-    config = checkpoint.config
-    nested = config.get("text_config") or {}
-    found = [c.get(k) for c in (config, nested) for k in ("dtype", "torch_dtype") if c.get(k)]
-    return str(found[0]) if found else ""
-
-
-def _raw_type(checkpoint: Checkpoint, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
-    tensor = checkpoint.read(name)
-    return tensor.dtype, tuple(tensor.shape)
-
-
 def _tensor_spec(value: torch.Tensor) -> dict[str, Any]:
     return {
         "dtype": dtype_name(value.dtype),
@@ -432,41 +391,3 @@ def _copy_model_files(source: Path, target: Path) -> None:
     for name in MODEL_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-
-
-def column_of(options: CompileOptions, **settings: dict[str, Any]) -> list[GraphPass]:
-    """The passes that these options run, in order, with settings of some by name.
-
-    Packing must be resolved; see `packing`.
-    """
-    assert options.pack_weights is not None, options
-    for name in options.disabled:
-        if name in REQUIRED:
-            raise InvalidOption("--disable-pass", name, "the engine cannot run without it")
-    settings |= {"steer": {"points": options.steer}, "tap": {"points": options.tap}}
-    settings["quantize"] = {"quantization": options.quantization}
-    wanted = {
-        "pack_linears": options.pack_weights,
-        "quantize": options.quantization is not None,
-        "steer": options.steer,
-        "tap": options.tap,
-    }
-    unused = [name for name, given in wanted.items() if not given]
-    column = order(default_column(**settings), options.passes)
-    return disable(column, (*options.disabled, *unused))
-
-
-def packing(options: CompileOptions, dtype: torch.dtype) -> tuple[bool, str]:
-    """Whether the pass `pack_linears` is in the column, and why."""
-    if options.pack_weights is not None:
-        return options.pack_weights, "asked for"
-    if not options.device.startswith("cpu"):
-        return False, f"there are no kernels for {options.device}"
-    if dtype not in (torch.float32, torch.bfloat16):
-        return False, f"oneDNN serves {dtype_name(dtype)}"
-    if "amx_bf16" in cpu_flags():
-        return False, "this CPU has AMX, which oneDNN uses and our kernels do not yet"
-    isa = cpu_implementation()
-    if isa not in ("avx512bf16", "avx512", "avx2"):
-        return False, f"the kernels of this CPU ({isa}) are not fast"
-    return True, f"the kernels ({isa}) read packed weights as one stream"

@@ -68,6 +68,7 @@ def prepare(args: argparse.Namespace) -> EngineSpec:
 
 def make_engine(**values: Any) -> Engine:
     """Factory for the engine process: options as plain values, progress on standard error."""
+    from fxlm.runtime.explain import stamp
     from fxlm.runtime.worker import build_engine, set_threads
 
     options = from_mapping(values)
@@ -76,6 +77,7 @@ def make_engine(**values: Any) -> Engine:
     _say(f"threads {threads} ({why})")
     engine, plan, compilation = build_engine(options, _report)
     _say(f"artifact {'found' if compilation.cached else 'compiled'}: {compilation.artifact.path}")
+    _say(stamp.line(compilation.artifact, compilation.checkpoint.weights_digest()))
     for line in plan.lines():
         _say(line)
     _say(f"engine ready after {time.perf_counter() - started:.1f} s")
@@ -108,7 +110,8 @@ def plan_command(args: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from fxlm.compiler.options import resolve_dtype
-    from fxlm.runtime.compile import compile_for, stored_dtype
+    from fxlm.runtime.compile import compile_for
+    from fxlm.runtime.front import stored_dtype
     from fxlm.runtime.memory import plan_memory
     from fxlm.runtime.options import resolve_device
     from fxlm.runtime.worker import set_threads

@@ -1,4 +1,4 @@
-"""The command line: `fxlm serve | compile | plan | check`.
+"""The command line: `fxlm serve | compile | plan | check | explain | verify | bisect | diff`.
 
 Here: the parser, the dispatch, errors as sentences. Nothing heavy is imported before a command
 runs, so that --help and --version answer at once. Not here: what the commands do.
@@ -11,6 +11,12 @@ from typing import NoReturn
 
 import fxlm
 from fxlm.compiler.errors import FxlmError, InvalidOption
+from fxlm.server.explorer_options import (
+    add_bisect_options,
+    add_diff,
+    add_explain_options,
+    add_verify_options,
+)
 from fxlm.server.options import add_engine_options, add_model_argument, add_server_options
 from fxlm.server.suggest import did_you_mean
 
@@ -45,6 +51,14 @@ def check_command(args: argparse.Namespace) -> int | None:
     from fxlm.runtime import launch
 
     return launch.check_command(args)
+
+
+def explorer_command(args: argparse.Namespace) -> int | None:
+    """Explain, verify, bisect and diff: what the compiler did, and whether it is right."""
+    from fxlm.runtime.explain import commands
+
+    run: Command = getattr(commands, f"{args.command}_command")
+    return run(args)
 
 
 class Parser(argparse.ArgumentParser):
@@ -82,6 +96,11 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     compiled.add_argument("--output", metavar="DIR", help="where to put the artifact")
     add("plan", plan_command, "print the memory a model needs, without loading it")
     add("check", check_command, "compare a model's tokens with those of Hugging Face")
+    add_explain_options(add("explain", explorer_command, "show what each pass did, and its cost"))
+    verified = "hold a compiled model against float32, and stamp its artifact"
+    add_verify_options(add("verify", explorer_command, verified))
+    add_bisect_options(add("bisect", explorer_command, "find the pass that makes a model wrong"))
+    parsers["diff"] = add_diff(commands, explorer_command)
     return top, parsers
 
 

@@ -50,6 +50,7 @@ LAUNCHED = {
     "fxlm/__main__.py",
     "models/bundled/evaluate.py",
     "models/bundled/train.py",
+    "runtime/explain/commands.py",
     "runtime/client.py",  # hands on what the starting engine says
     "runtime/launch.py",
     "runtime/service.py",

@@ -73,7 +73,7 @@ def from_logits(rows: list[Row], logits: torch.Tensor) -> Scores:
 
 def from_samples(rows: list[Row], outputs: Sequence[torch.Tensor], vocab_size: int) -> Scores:
     """Scores of a sampled step: ids [N], logprobs [N, L + 1], logprob_ids [N, L + 1], ranks."""
-    _, logprobs, ids, _ = outputs
+    _, logprobs, ids, _, *_taps = outputs
     used = (ids >= 0) & (ids < vocab_size) & (logprobs > float("-inf")) | logprobs.isnan()
     place = torch.where(used, ids, vocab_size).clamp(0, vocab_size)  # the last column is cut off
     full = torch.zeros(len(rows), vocab_size + 1).scatter(1, place, logprobs.float())

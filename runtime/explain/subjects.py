@@ -18,10 +18,10 @@ from fxlm.compiler.program import CacheSpec, Facts
 from fxlm.compiler.stages import Caches, Snapshot, Stage, walk
 from fxlm.compiler.step import Reader, Step, load_weights
 from fxlm.models.checkpoint import Checkpoint
-from fxlm.runtime.compile import Front, front
 from fxlm.runtime.explain import fixtures
 from fxlm.runtime.explain.compare import Scores, from_logits, from_samples, joined
 from fxlm.runtime.explain.fixtures import Mode
+from fxlm.runtime.front import Front, front
 
 Prompts = Sequence[Sequence[int]]
 
@@ -137,9 +137,7 @@ def parameters(
     return read
 
 
-def stages(
-    start: Front, checkpoint: Checkpoint
-) -> Iterator[tuple[Snapshot, Callable[[], Stage]]]:
+def stages(start: Front, checkpoint: Checkpoint) -> Iterator[tuple[Snapshot, Callable[[], Stage]]]:
     """Each stage of the column with what makes it runnable; hold one at a time."""
 
     def make(snapshot: Snapshot) -> Stage:

@@ -9,8 +9,9 @@ import torch
 
 from fxlm.compiler.options import CompileOptions
 from fxlm.models.checkpoint import open_checkpoint
-from fxlm.runtime import compile as compiling
-from fxlm.runtime.compile import column_of, compile_model, packing
+from fxlm.runtime import front as compiling
+from fxlm.runtime.compile import compile_model
+from fxlm.runtime.front import column_of, packing
 
 
 @pytest.fixture

@@ -1,0 +1,82 @@
+"""The commands `fxlm explain`, `verify`, `bisect` and `diff`: what they print, and their status."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from fxlm.runtime.launch import engine_options
+from fxlm.runtime.options import EngineOptions
+
+
+def verify_command(args: argparse.Namespace) -> int:
+    """``fxlm verify``: errors by mode, then the stamp; 1 if they are above the tolerance."""
+    from fxlm.runtime.explain.verify import verify
+
+    stamp, made = verify(_options(args), tolerance=args.tolerance, report=_report)
+    for mode, found in stamp.errors.items():
+        print(f"{mode:<16} {found['absolute']:9.2e} nats  {found['relative']:9.2e} relative  "
+              f"top-1 {found['agreement']:6.1%} of {found['num_rows']} rows")  # fmt: skip
+    print(f"the captured graph in {stamp.dtype} itself: {stamp.rounding:.2e} nats")
+    print(stamp.line())
+    print(made.artifact.path)
+    return 0 if stamp.passed else 1
+
+
+def bisect_command(args: argparse.Namespace) -> int:
+    """``fxlm bisect``: each prefix of the column, then the guilty pass; 1 if there is one."""
+    from fxlm.models.checkpoint import open_checkpoint
+    from fxlm.runtime.explain import bisect
+    from fxlm.runtime.explain.repro import where, write_repro
+    from fxlm.runtime.options import compile_options
+
+    def tell(line: bisect.Line) -> None:
+        mark = "<- guilty" if line.guilty else ""
+        print(f"{line.name:<24} {line.errors.text()} {mark}".rstrip(), flush=True)
+
+    options = _options(args)
+    checkpoint = open_checkpoint(options.model, options.revision, options.trust_remote_code)
+    choices = compile_options(options)
+    guilt = bisect.bisect(checkpoint, choices, tolerance=args.tolerance, tell=tell)
+    if guilt is None:
+        print("no pass changes what the model says")
+        return 0
+    print(f"pass {guilt.name}, {where(guilt)}; shown in {guilt.dtype}, {guilt.mode}")
+    for path in write_repro(guilt, args.output):
+        print(path)
+    return 1
+
+
+def diff_command(args: argparse.Namespace) -> int:
+    """``fxlm diff``: structure, then numbers; 1 if an error is above the tolerance."""
+    from fxlm.compiler.artifact import open_artifact
+    from fxlm.models.checkpoint import open_checkpoint
+    from fxlm.runtime.explain.diff import numbers, structure
+
+    first, second = open_artifact(args.first), open_artifact(args.second)
+    changes = structure(first, second)
+    for change in changes:
+        print(change.line())
+    print(f"{len(changes)} differences of structure")
+    if args.model is None:
+        print("numbers were not compared: name the checkpoint with --model")
+        return 0
+    found = numbers(first, second, open_checkpoint(args.model))
+    for mode, errors in found.items():
+        print(f"{mode:<16} {errors.text()}")
+    worst = max(errors.absolute for errors in found.values())
+    verdict = "within" if worst <= args.tolerance else "ABOVE"
+    print(f"largest error {worst:.2e} nats, {verdict} the tolerance of {args.tolerance:g}")
+    return 0 if worst <= args.tolerance else 1
+
+
+def _options(args: argparse.Namespace) -> EngineOptions:
+    from fxlm.runtime.worker import set_threads
+
+    options = engine_options(args)
+    set_threads(options.threads)
+    return options
+
+
+def _report(stage: str, seconds: float) -> None:
+    print(f"fxlm: {stage:<22}{seconds:6.1f} s", file=sys.stderr, flush=True)

@@ -1,0 +1,59 @@
+"""Flags of `fxlm explain`, `bisect` and `diff`. Not here: what they do (`fxlm.runtime.explain`)."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def add_explain_options(parser: argparse.ArgumentParser) -> None:
+    """What to show, and where to. ``--pass NAME`` shows one pass; with a colon it adds one."""
+    group = parser.add_argument_group("report")
+    group.add_argument("--html", type=Path, metavar="FILE", help="write the page, self-contained")
+    group.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON")
+    group.add_argument(
+        "--layers", type=int, metavar="N",
+        help="look at the first N layers only (default: all, or 2 where memory is short)",
+    )  # fmt: skip
+    group.add_argument(
+        "--time", action="store_true",
+        help="compile the step with and without each pass, and time it (minutes)",
+    )  # fmt: skip
+
+
+def add_verify_options(parser: argparse.ArgumentParser) -> Any:
+    """What counts as wrong."""
+    group = parser.add_argument_group("search")
+    group.add_argument(
+        "--tolerance", type=float, metavar="NATS",
+        help="error of a log-probability that is a fault (default: a multiple of rounding)",
+    )  # fmt: skip
+    return group
+
+
+def add_bisect_options(parser: argparse.ArgumentParser) -> None:
+    """What counts as wrong, and where the script goes."""
+    group = add_verify_options(parser)
+    group.add_argument(
+        "--output", type=Path, default=Path("repro.py"), metavar="FILE",
+        help="script that shows the fault (default: repro.py)",
+    )  # fmt: skip
+
+
+def add_diff(commands: Any, run: Callable[[argparse.Namespace], int | None]) -> Any:
+    """The parser of `fxlm diff`, which takes artifacts instead of a model."""
+    text = "compare two artifacts: graphs, passes, versions and numbers"
+    parser = commands.add_parser(
+        "diff", help=text, description=text, usage="fxlm diff ARTIFACT_A ARTIFACT_B [options]"
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("first", type=Path, metavar="ARTIFACT_A")
+    parser.add_argument("second", type=Path, metavar="ARTIFACT_B")
+    parser.add_argument(
+        "--model", metavar="MODEL", help="checkpoint of both: compare their numbers, too"
+    )
+    parser.add_argument(
+        "--tolerance", type=float, default=0.05, metavar="NATS",
+        help="error of a log-probability above which the exit status is 1 (default: 0.05)",
+    )  # fmt: skip
+    return parser

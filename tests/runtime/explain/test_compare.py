@@ -1,0 +1,49 @@
+"""compare: errors of log-probabilities, and that nothing hides."""
+
+from __future__ import annotations
+
+import torch
+
+from fxlm.runtime.explain.compare import compare, from_logits, from_samples
+
+ROWS = [(0, 0), (0, 1)]
+LOGITS = torch.randn(2, 50, generator=torch.Generator().manual_seed(0))
+
+
+def sampled(logits: torch.Tensor, count: int = 20) -> list[torch.Tensor]:
+    top, ids = logits.log_softmax(-1).topk(count)
+    first = torch.cat([top[:, :1], top], 1), torch.cat([ids[:, :1], ids], 1)
+    return [ids[:, 0], *first, torch.ones(len(logits))]
+
+
+def test_the_same_is_equal() -> None:
+    found = compare(from_samples(ROWS, sampled(LOGITS), 50), from_logits(ROWS, LOGITS))
+    assert (found.absolute, found.relative, found.agreement) == (0.0, 0.0, 1.0)
+
+
+def test_an_error_is_found_where_it_is() -> None:
+    wrong = LOGITS.clone()
+    wrong[1, int(LOGITS[1].argmax())] -= 20.0
+    found = compare(from_logits(ROWS, wrong), from_logits(ROWS, LOGITS))
+    assert found.worst == (0, 1)
+    assert 15.0 < found.absolute < 21.0
+    assert found.agreement == 0.5
+
+
+def test_a_nan_is_an_infinite_error() -> None:
+    wrong = LOGITS.clone()
+    wrong[0, 3] = float("nan")
+    assert compare(from_logits(ROWS, wrong), from_logits(ROWS, LOGITS)).absolute == float("inf")
+
+
+def test_ids_that_only_one_side_ranks_first_count() -> None:
+    wrong = from_samples(ROWS, sampled(-LOGITS), 50)
+    found = compare(wrong, from_logits(ROWS, LOGITS))
+    assert found.absolute > 1.0
+    assert found.agreement == 0.0
+
+
+def test_a_token_of_no_probability_is_no_error() -> None:
+    masked = LOGITS.clone()
+    masked[:, 7] = float("-inf")
+    assert compare(from_logits(ROWS, masked), from_logits(ROWS, masked)).absolute == 0.0

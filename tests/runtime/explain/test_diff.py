@@ -1,0 +1,69 @@
+"""diff: what differs between two artifacts, in structure and in numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fxlm.compiler.artifact import Artifact
+from fxlm.compiler.errors import InvalidOption
+from fxlm.compiler.options import CompileOptions
+from fxlm.models.checkpoint import Checkpoint, open_checkpoint
+from fxlm.models.tiny import write_checkpoint
+from fxlm.runtime.compile import compile_model
+from fxlm.runtime.explain.diff import numbers, structure
+from fxlm.server import cli
+from tests.runtime.explain.faults import wrong_scale
+
+Build = Callable[..., Artifact]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return open_checkpoint(write_checkpoint("llama", tmp_path_factory.mktemp("diff") / "model"))
+
+
+@pytest.fixture(scope="module")
+def build(checkpoint: Checkpoint) -> Build:
+    def run(**more: Any) -> Artifact:
+        options = CompileOptions(eager=True, dtype="float32", **more)
+        return compile_model(checkpoint, options, cache_dir=checkpoint.path.parent).artifact
+
+    return run
+
+
+def test_an_artifact_equals_itself(build: Build, checkpoint: Checkpoint) -> None:
+    assert structure(build(), build()) == []
+    assert all(e.absolute == 0.0 for e in numbers(build(), build(), checkpoint).values())
+
+
+def test_a_missing_pass_is_seen_in_passes_and_graphs(build: Build) -> None:
+    lines = [c.line() for c in structure(build(), build(disabled=("fuse_qkv",)))]
+    assert any(line.startswith("passes:") for line in lines)
+    assert any("calls of aten.cat.default" in line for line in lines), lines
+
+
+def test_the_same_passes_with_another_option(build: Build) -> None:
+    changes = structure(build(), build(block_size=32))
+    assert next(c for c in changes if c.what == "block_size").line() == "block_size: 16 -> 32"
+
+
+def test_numbers_that_moved_fail_the_gate(
+    build: Build, checkpoint: Checkpoint, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [str(build().path), str(build(passes=(wrong_scale,)).path)]
+    model = ["--model", str(checkpoint.path)]
+    assert cli.main(["diff", *paths, *model]) == 1
+    assert "ABOVE the tolerance" in capsys.readouterr().out
+    assert cli.main(["diff", *paths, *model, "--tolerance", "100"]) == 0
+    assert cli.main(["diff", *paths]) == 0
+    assert "numbers were not compared" in capsys.readouterr().out
+
+
+def test_another_checkpoint_is_refused(build: Build, tmp_path: Path) -> None:
+    other = open_checkpoint(write_checkpoint("llama", tmp_path / "other", num_hidden_layers=1))
+    with pytest.raises(InvalidOption, match="made for another model"):
+        numbers(build(), build(), other)

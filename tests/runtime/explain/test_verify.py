@@ -1,0 +1,81 @@
+"""verify: the errors of an artifact, and a stamp that holds for it alone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fxlm.compiler.artifact import open_artifact
+from fxlm.compiler.errors import InvalidOption
+from fxlm.models.tiny import write_checkpoint
+from fxlm.runtime.compile import Compilation
+from fxlm.runtime.explain import stamp
+from fxlm.runtime.explain.fixtures import MODES
+from fxlm.runtime.explain.verify import verify
+from fxlm.runtime.options import EngineOptions
+from tests.runtime.explain.faults import wrong_scale
+
+Verified = tuple[stamp.Stamp, Compilation]
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory: pytest.TempPathFactory) -> EngineOptions:
+    path = write_checkpoint("llama", tmp_path_factory.mktemp("verify") / "model")
+    return EngineOptions(model=str(path), enforce_eager=True, cache_dir=str(path.parent))
+
+
+@pytest.fixture(scope="module")
+def verified(options: EngineOptions) -> Verified:
+    return verify(options)
+
+
+def test_errors_of_every_mode_are_stamped(verified: Verified) -> None:
+    found, made = verified
+    assert found.passed
+    assert set(found.errors) == set(MODES)
+    assert found.largest < 1e-3
+    assert stamp.read(made.artifact, found.weights) == found
+    assert "verified" in stamp.line(made.artifact, found.weights)
+
+
+def test_the_artifact_stays_whole(verified: Verified) -> None:
+    assert open_artifact(verified[1].artifact.path)
+
+
+def test_a_wrong_model_is_stamped_as_wrong(options: EngineOptions) -> None:
+    found, made = verify(replace(options, passes=(wrong_scale,)))
+    assert not found.passed
+    assert "FOUND WRONG" in stamp.line(made.artifact, found.weights)
+
+
+def test_tolerance_is_the_users(options: EngineOptions) -> None:
+    assert verify(replace(options, passes=(wrong_scale,)), tolerance=100.0)[0].passed
+
+
+def test_other_weights_are_not_verified(verified: Verified) -> None:
+    assert stamp.line(verified[1].artifact, "0" * 64) == stamp.NOT_VERIFIED
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"manifest": 1}'])
+def test_a_damaged_stamp_is_none(text: str, verified: Verified) -> None:
+    found, made = verified
+    (made.artifact.path / stamp.FILE).write_text(text)
+    assert stamp.read(made.artifact, found.weights) is None
+    stamp.write(made.artifact, found)
+
+
+def test_a_copied_stamp_is_none(verified: Verified, tmp_path: Path) -> None:
+    found, made = verified
+    content = made.artifact.manifest
+    (tmp_path / "manifest.json").write_text(json.dumps({**content, "key": "another"}))
+    other = replace(made.artifact, path=tmp_path)
+    stamp.write(other, found)
+    assert stamp.read(other, found.weights) is None
+
+
+def test_an_artifact_that_cannot_be_written_is_named(verified: Verified) -> None:
+    with pytest.raises(InvalidOption, match="cannot be written"):
+        stamp.write(replace(verified[1].artifact, path=Path("/proc/nothing")), verified[0])
