@@ -79,6 +79,8 @@ def copy_program(program: Program) -> Program:
         log=list(program.log),
         misses=[],
         symbols=dict(program.symbols),
+        taps=list(program.taps),
+        steered=dict(program.steered),
     )
 
 
@@ -108,19 +110,18 @@ class Stage:
     Attributes:
         paged: whether it takes caches and the metadata of a batch.
         sampled: whether it returns tokens and their log-probabilities instead of logits.
-        every_row: whether it returns logits for all tokens (before rows are chosen).
+        cache_specs: KV memory that it takes, by layer.
+        steer_size: width of the table of steering vectors that it takes; 0 for none.
     """
 
     def __init__(self, program: Program, read: Callable[[str], torch.Tensor]) -> None:
         ops.load()
         program = copy_program(program)
-        self.facts = program.facts
         self.cache_specs = program.caches
+        self.steer_size = sum(program.steered.values())
         self.paged = program.stage in ("paged", "final")
         self.sampled = program.stage == "final"
         cut = hoist(program)
-        names = {spec.source for spec in cut.step_inputs.values() if spec.role == "step"}
-        self.every_row = "logits_indices" not in names
         self._inputs = cut.step_inputs
         self._weights = _load(program, cut, read)
         self._runner = graph_json.Runner(graph_json.dump(cut.step))

@@ -175,19 +175,21 @@ class Bisection:
 
     def replay(self, stage: Stage, prompts: Prompts, watch: Callable[[str, Any], None]) -> None:
         """Prefill one prompt and watch every value."""
-        stage(*self.given(stage.cache_specs, prompts), watch)
+        stage(*self.given(stage.cache_specs, stage.steer_size, prompts), watch)
 
-    def given(self, specs: Any, prompts: Prompts) -> tuple[dict[str, torch.Tensor], Any]:
+    def given(
+        self, specs: Any, steer_size: int, prompts: Prompts
+    ) -> tuple[dict[str, torch.Tensor], Any]:
         """Step inputs and empty caches for a prefill."""
         size = self.facts.block_size
         chunks = [fixtures.Chunk(prompt=0, start=0, count=len(prompts[0]))]
         caches = subjects.new_caches(specs, fixtures.num_blocks(prompts, size), size)
-        return fixtures.step_inputs(prompts, chunks, size), caches
+        return fixtures.step_inputs(prompts, chunks, size, steer_size), caches
 
     def inputs(self, snapshot: Snapshot, prompts: Prompts) -> dict[str, torch.Tensor]:
         """Values of a snapshot's placeholders; weights are those of the checkpoint, mapped."""
         program = snapshot.program
-        steps, caches = self.given(program.caches, prompts)
+        steps, caches = self.given(program.caches, sum(program.steered.values()), prompts)
         bound = snapshot.report is not None
         read = self.checkpoint.read if bound else subjects.parameters(self.start, self.checkpoint)
         values: dict[str, torch.Tensor] = {}

@@ -96,7 +96,10 @@ def rows_of(chunks: Sequence[Chunk]) -> list[Row]:
 
 
 def step_inputs(
-    prompts: Sequence[Sequence[int]], chunks: Sequence[Chunk], block_size: int
+    prompts: Sequence[Sequence[int]],
+    chunks: Sequence[Chunk],
+    block_size: int,
+    steer_size: int = 0,
 ) -> dict[str, torch.Tensor]:
     """Inputs of one step, every token of which gets logits; see ``docs/architecture.md``.
 
@@ -128,6 +131,8 @@ def step_inputs(
         "adjust_ids": torch.zeros(1, dtype=torch.int64),
         "adjust_counts": torch.zeros(1, dtype=torch.int32),
         "adjust_bias": torch.zeros(1),
+        "steer_table": torch.zeros(1, steer_size),  # row 0: nobody steers
+        "steer_rows": torch.zeros(count, dtype=torch.int64),
     }
 
 

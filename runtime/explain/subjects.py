@@ -32,6 +32,7 @@ class Subject(Protocol):
     paged: bool
     sampled: bool
     cache_specs: list[CacheSpec]
+    steer_size: int
 
     def __call__(self, inputs: dict[str, torch.Tensor], caches: Caches) -> list[torch.Tensor]:
         """One step."""
@@ -54,6 +55,7 @@ class ArtifactSubject:
         self.artifact = artifact
         self.eager = eager
         self.cache_specs = artifact.caches()
+        self.steer_size = sum(size for _, size in artifact.manifest["steered"])
         with torch.inference_mode():
             self.weights = load_weights(artifact, read, torch.device("cpu"))
 
@@ -86,7 +88,8 @@ def score(
             blocks = fixtures.num_blocks(prompts, block_size)
             caches = new_caches(subject.cache_specs, blocks, block_size)
             run = number
-        outputs = subject(fixtures.step_inputs(prompts, chunks, block_size), caches)
+        inputs = fixtures.step_inputs(prompts, chunks, block_size, subject.steer_size)
+        outputs = subject(inputs, caches)
         rows = fixtures.rows_of(chunks)
         if all(fixtures.is_scored(mode, chunk) for chunk in chunks):
             sampled = subject.sampled

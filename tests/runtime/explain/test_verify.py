@@ -55,6 +55,11 @@ def test_tolerance_is_the_users(options: EngineOptions) -> None:
     assert verify(replace(options, passes=(wrong_scale,)), tolerance=100.0)[0].passed
 
 
+def test_taps_and_steering_points_are_no_hindrance(options: EngineOptions) -> None:
+    at = ("model.layers.0",)
+    assert verify(replace(options, tap=at, steer=at))[0].passed
+
+
 def test_other_weights_are_not_verified(verified: Verified) -> None:
     assert stamp.line(verified[1].artifact, "0" * 64) == stamp.NOT_VERIFIED
 
