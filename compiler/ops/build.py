@@ -46,12 +46,15 @@ COMMON = [
     "-Wno-psabi",
     "-DTORCH_TARGET_VERSION=0x020b000000000000",
 ]
-# File -> its own flags. bindings.cpp is torch headers above all: optimizing it costs time alone.
+# File -> its own flags. Bindings are torch headers above all: optimizing them costs time alone.
 UNITS = {
     "attention.cpp": ("-O3",),
     "linear.cpp": ("-O3",),
     "sample.cpp": ("-O3", "-ffp-contract=off"),
+    "quantized.cpp": ("-O3", "-ffp-contract=off"),
+    "quantized_pack.cpp": ("-O3",),
     "bindings.cpp": ("-O1",),
+    "bindings_quantized.cpp": ("-O1",),
 }
 
 
@@ -72,10 +75,15 @@ _AVX512 = (
 _NEEDS_AVX2 = frozenset({"avx2", "fma", "f16c", "bmi2"})
 _NEEDS_AVX512 = _NEEDS_AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 
+_VNNI = (*_AVX512, "-mavx512vnni")
+_NEEDS_VNNI = _NEEDS_AVX512 | {"avx512_vnni"}
+
 # Best first; the last runs on anything, of any architecture.
 ISAS = {
-    "avx512bf16": Isa(flags=(*_AVX512, "-mavx512bf16"), needs=_NEEDS_AVX512 | {"avx512_bf16"}),
+    "avx512bf16": Isa(flags=(*_VNNI, "-mavx512bf16"), needs=_NEEDS_VNNI | {"avx512_bf16"}),
+    "avx512vnni": Isa(flags=_VNNI, needs=_NEEDS_VNNI),
     "avx512": Isa(flags=_AVX512, needs=_NEEDS_AVX512),
+    "avxvnni": Isa(flags=(*_AVX2, "-mavxvnni"), needs=_NEEDS_AVX2 | {"avx_vnni"}),
     "avx2": Isa(flags=_AVX2, needs=_NEEDS_AVX2),
     "generic": Isa(flags=(), needs=frozenset()),
 }

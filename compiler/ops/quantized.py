@@ -322,7 +322,8 @@ def quantized_linear(
         n: outputs.
         bits: 4 or 8, of a code.
         group: inputs that share a scale; 0: all.
-        activation: ``none``: x as it is; ``int8``: each row of x rounded by `round_rows`.
+        activation: ``none``: x as it is (the CPU kernels keep 16 bits of it, 24 of float32, by
+            segments: csrc/quantized.cpp); ``int8``: each row of x rounded by `round_rows`.
 
     Returns:
         [...,n] in x's dtype, contiguous.

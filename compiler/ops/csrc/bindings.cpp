@@ -2,20 +2,11 @@
 // several versions of torch. Checks every argument that a kernel uses as an address; what the
 // kernels do not cover goes to the ops' PyTorch references.
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <array>
-#include <optional>
-#include <string>
-#include <vector>
-
 #include "attention.h"
+#include "binding.h"
 #include "linear.h"
 #include "parallel.h"
 #include "sample.h"
-
-#define FXLM_CHECK STD_TORCH_CHECK
 
 namespace fxlm {
 
@@ -44,45 +35,6 @@ void on_threads(int count, void (*body)(void*), void* context) {
 }
 
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
-using torch::stable::detail::from;
-using torch::stable::detail::to;
-
-std::optional<Dtype> dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::f32;
-    case ScalarType::BFloat16:
-      return Dtype::bf16;
-    case ScalarType::Half:
-      return Dtype::f16;
-    default:
-      return std::nullopt;
-  }
-}
-
-Tensor empty_cpu(const std::vector<int64_t>& sizes, int32_t dtype) {
-  std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * sizes[i];
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(),
-                                                  strides.data(), dtype,
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
-// A dense last dimension, and the type the schema's comment promises.
-template <class T>
-const T* data_of(const Tensor& tensor, ScalarType type, const char* name) {
-  FXLM_CHECK(tensor.scalar_type() == type, name, " has a wrong dtype");
-  const int64_t last = tensor.dim() - 1;
-  FXLM_CHECK(last >= 0 && (tensor.size(last) <= 1 || tensor.stride(last) == 1), name,
-             " is not dense in its last dimension");
-  return static_cast<const T*>(tensor.data_ptr());
-}
 
 Strided strided(const Tensor& tensor) {  // [1, heads, tokens, width]
   return {tensor.data_ptr(), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
@@ -279,18 +231,6 @@ Sampled sample_cpu(Tensor logits, Tensor floats, Tensor ints, Tensor adjust_star
 
 // ---- linear layers ----------------------------------------------------------------------------
 
-template <size_t N>
-Tensor one_result(const char* name, std::array<StableIValue, N> stack) {
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
-  return to<Tensor>(stack[0]);
-}
-
-int32_t type_of(const Tensor& tensor) {
-  int32_t type = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &type));
-  return type;
-}
-
 Tensor pack_weight_cpu(Tensor weight) {
   const auto dtype = dtype_of(weight);
   FXLM_CHECK(weight.dim() == 2, "weight is not [N, K]");
@@ -311,19 +251,6 @@ void check_packed(const Tensor& packed, Dtype dtype, int64_t inputs) {
                  packed.size(3) == per_step &&
                  packed.size(1) == (inputs + per_step - 1) / per_step,
              "packed is no packed weight of ", inputs, " inputs");
-}
-
-// Where each row of x [..., K] begins, in elements.
-std::vector<int64_t> row_offsets(const Tensor& x, int64_t count) {
-  std::vector<int64_t> offsets(count);
-  for (int64_t row = 0; row < count; ++row) {
-    int64_t rest = row;
-    for (int64_t i = x.dim() - 2; i >= 0; --i) {
-      offsets[row] += rest % x.size(i) * x.stride(i);
-      rest /= x.size(i);
-    }
-  }
-  return offsets;
 }
 
 Tensor packed_linear_cpu(Tensor x, Tensor packed, MaybeTensor bias, int64_t n) {

@@ -16,12 +16,9 @@
 #include <cstring>
 #include <vector>
 
+#include "pages.h"
 #include "parallel.h"
 #include "product.h"
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace fxlm {
 namespace {
@@ -312,18 +309,6 @@ void pack(const PackWeight& args) {
     else
       pack_panel<T, int(4 / sizeof(T))>(rows, args.inputs, out);
   });
-}
-
-// Large pages, before the first touch: a stream over small ones waits for address translation.
-void prefer_large_pages(void* data, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t page = 1 << 21;
-  const auto begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
-  const auto end = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)data, (void)bytes;
-#endif
 }
 
 template <class T>

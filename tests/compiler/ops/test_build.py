@@ -25,7 +25,10 @@ def test_the_best_isa_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
         (set(), "generic"),
         (avx2, "avx2"),
         (avx512, "avx512"),
-        (avx512 | {"avx512_bf16"}, "avx512bf16"),
+        (avx512 | {"avx512_vnni"}, "avx512vnni"),
+        (avx512 | {"avx512_bf16"}, "avx512"),
+        (avx512 | {"avx512_vnni", "avx512_bf16"}, "avx512bf16"),
+        (avx2 | {"avx_vnni"}, "avxvnni"),
         (avx2 | {"avx512f"}, "avx2"),
     ):
         monkeypatch.setattr(build, "cpu_flags", lambda flags=flags: frozenset(flags))
@@ -135,7 +138,8 @@ def test_every_isa_passes_the_numeric_tests(isa: str, registered: str) -> None:
     if build.ISAS[isa].needs - build.cpu_flags() or isa == registered:
         pytest.skip("this CPU does not run it, or it is what the other tests use")
     chosen = "kernel or naive_loop or no_bit or plain_python or logprobs or without_a_number"
-    files = [str(TESTS / f"test_{name}.py") for name in ("attention", "linear", "sample")]
+    names = ("attention", "linear", "quantized_kernels", "sample")
+    files = [str(TESTS / f"test_{name}.py") for name in names]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", "-k", chosen, *files],
         capture_output=True,

@@ -1,0 +1,392 @@
+// Linear layers over quantized weights (quantized.h), from one row to many: x is brought into the
+// form that products take, then panels are multiplied by tiles of rows.
+//
+// Rows of x. For weights on an even grid x becomes integers: int8 with one scale a row where the
+// scheme asks for it, otherwise fixed point with one scale a row and segment, 16 bits for 16-bit
+// types and 24 for float32. Its error is at most 2**-16 (2**-24) of the segment's largest input,
+// which is below what rounding the result to x's type costs. Products and the sums of a segment
+// are then exact. For other weights x becomes float32.
+//
+// Tiles take turns over a block of a panel, which the first brings into the cache. While they do,
+// the next block is prefetched, a few lines a step.
+
+#include "quantized.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "parallel.h"
+#include "quantized_product.h"
+
+namespace fxlm {
+namespace {
+
+constexpr int kPlaneRows = 6;             // planes of rows in a register tile
+constexpr int64_t kChunk = 480;           // rows whose sums are held at once
+constexpr int64_t kBlockBytes = 32 << 10; // of a panel that tiles share
+constexpr int64_t kAheadBytes = 4 << 10;  // that a single tile prefetches ahead
+constexpr int64_t kPackRows = 16;         // rows of x that are one item
+constexpr int64_t kSegment = 512;         // inputs: sums of planes stay exact in float32
+constexpr int64_t kSerialWork = 1 << 14;  // less is done before another thread has woken up
+
+constexpr int64_t ceil_div(int64_t x, int64_t by) { return (x + by - 1) / by; }
+
+template <class T>
+T* aligned(std::vector<T>& buffer, size_t count) {
+  const size_t spare = 64 / sizeof(T);
+  if (buffer.size() < count + spare) buffer.resize(count + spare);
+  const auto address = reinterpret_cast<uintptr_t>(buffer.data());
+  return reinterpret_cast<T*>((address + 63) / 64 * 64);
+}
+
+// ---- rows of x --------------------------------------------------------------------------------
+
+template <class T>
+void widen(const T* from, int64_t stride, int64_t count, float* to) {
+  int64_t k = 0;
+  if (stride == 1)
+    for (; k + W <= count; k += W) store(to + k, load(from + k));
+  for (; k < count; ++k) to[k] = to_float(from[k * stride]);
+}
+
+void read_row(const QuantizedLinear& args, int64_t row, float* to) {
+  const int64_t at = args.rows[row];
+  switch (args.dtype) {
+    case Dtype::f32:
+      return widen(static_cast<const float*>(args.x) + at, args.x_stride, args.inputs, to);
+    case Dtype::bf16:
+      return widen(static_cast<const Bf16*>(args.x) + at, args.x_stride, args.inputs, to);
+    case Dtype::f16:
+      return widen(static_cast<const F16*>(args.x) + at, args.x_stride, args.inputs, to);
+  }
+}
+
+inline vf magnitude(vf x) { return bit_cast<vf>(bit_cast<vu>(x) & 0x7fffffffu); }
+
+// The largest magnitude of x[count], a multiple of W; NaN where an input is not finite.
+float largest(const float* x, int64_t count) {
+  vf most{}, poison{};
+  for (int64_t k = 0; k < count; k += W) {
+    const vf v = load(x + k);
+    most = vmax(magnitude(v), most);
+    poison = poison + v * 0.0f;
+  }
+  return lanes_max(most) + lanes_sum(poison);
+}
+
+// To the nearest integer, ties to even; |x| <= 2**23. NaN gives anything.
+inline vi nearest(vf x) {
+  const vi sign = bit_cast<vi>(x) >> 31;
+  const vi whole = (bit_cast<vi>(magnitude(x) + 0x1p23f) & 0x7fffffff) - 0x4b000000;
+  return (whole ^ sign) - sign;
+}
+
+inline void store_bytes(int8_t* to, vi v) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8((__m512i)v));
+#else
+  for (int i = 0; i < W; ++i) to[i] = int8_t(v[i]);
+#endif
+}
+
+inline int32_t lanes_total(vi v) {
+  int32_t sum = 0;
+  for (int i = 0; i < W; ++i) sum += v[i];
+  return sum;
+}
+
+// Digits in base 256, highest plane first, each -128..127; sums of each plane's.
+template <int P>
+void split(const float* x, int64_t count, float scale, int8_t* const* planes, int32_t* sums) {
+  vi total[P] = {};
+  for (int64_t k = 0; k < count; k += W) {
+    vi rest = nearest(load(x + k) / scale);
+    for (int p = P - 1; p > 0; --p) {
+      const vi low = (rest << 24) >> 24;
+      store_bytes(planes[p] + k, low);
+      total[p] += low;
+      rest = (rest - low) >> 8;
+    }
+    store_bytes(planes[0] + k, rest);
+    total[0] += rest;
+  }
+  for (int p = 0; p < P; ++p) sums[p] = lanes_total(total[p]);
+}
+
+// Below the last code that the digits hold: the quotient by a rounded scale may exceed it.
+constexpr float largest_code(int planes) {
+  return planes == 1 ? 127.0f : planes == 2 ? 127.0f * 256 : 127.0f * 65536;
+}
+
+// NaN and a scale that would be no number make every result of the row NaN, by way of the scale.
+inline float scale_of(float most, int planes) {
+  return most == 0.0f ? 1.0f : most / largest_code(planes);
+}
+
+// ---- the layer --------------------------------------------------------------------------------
+
+// Vectors a register tile is wide: sums, weights and one factor fit the registers.
+constexpr int width_of(int rows) {
+  if (W == 16) return sizeof(Words) == W * 4 || rows <= 4 ? 4 : 2;
+  return rows == 1 ? 4 : rows <= 3 ? 2 : 1;
+}
+
+template <class K>
+class Layer {
+  using A = typename K::A;
+  static constexpr int P = K::planes;
+  static constexpr int kTile = kPlaneRows / P;
+  static constexpr bool integers = !std::is_same_v<A, float>;
+
+ public:
+  explicit Layer(const QuantizedLinear& args)
+      : args_(args),
+        per_word_(inputs_per_word(args.code)),
+        segment_(std::max<int64_t>(segment_inputs(args.code, args.group, args.inputs), 1)),
+        segments_(ceil_div(args.inputs, segment_)),
+        steps_(ceil_div(segment_, per_word_)),
+        panel_steps_(ceil_div(args.inputs, per_word_)),
+        units_(steps_ * K::per_step),
+        block_(args.num_rows <= kTile ? std::max<int64_t>(segments_, 1)
+                                      : std::max<int64_t>(kBlockBytes / (steps_ * 256), 1)),
+        panels_(ceil_div(args.outputs, kPanel)) {}
+
+  void run() {
+    const bool serial = panels_ * panel_steps_ * (args_.num_rows + 4) < kSerialWork;
+    const int64_t threads = serial ? 1 : num_threads();
+    prepare(threads);
+    // Neighbouring panels are one item, so that what is prefetched is used; rows are cut where
+    // the panels alone would leave threads idle.
+    const int64_t group = std::max<int64_t>(1, panels_ / (8 * threads));
+    const int64_t groups = ceil_div(panels_, group);
+    const int64_t pieces = std::max(
+        ceil_div(args_.num_rows, kChunk),
+        std::min(ceil_div(2 * threads, groups), ceil_div(args_.num_rows, 8 * kPlaneRows)));
+    const int64_t chunk = ceil_div(ceil_div(args_.num_rows, pieces), kTile) * kTile;
+    const int64_t chunks = ceil_div(args_.num_rows, chunk);
+    each(threads, groups * chunks, [&](int64_t i) {
+      const int64_t first = i % chunks * chunk, panel = i / chunks * group;
+      for (int64_t p = panel; p < std::min(panels_, panel + group); ++p)
+        one_panel(p, first, std::min(chunk, args_.num_rows - first));
+    });
+  }
+
+ private:
+  template <class Body>
+  static void each(int64_t threads, int64_t count, const Body& body) {
+    if (threads > 1 && count > 1)
+      for_each_item(count, body);
+    else
+      for (int64_t i = 0; i < count; ++i) body(i);
+  }
+
+  // ---- x, as [segment][row][plane][units]; zeros behind the last input -------------------------
+
+  void prepare(int64_t threads) {
+    static thread_local std::vector<A> a;
+    static thread_local std::vector<int32_t> start;
+    static thread_local std::vector<Head> heads;
+    static thread_local std::vector<float> scales;
+    const int64_t rows = args_.num_rows;
+    a_ = aligned(a, segments_ * rows * P * units_);
+    start_ = aligned(start, segments_ * rows * P);
+    heads_ = aligned(heads, segments_ * rows);
+    row_scale_ = aligned(scales, rows);
+    each(threads, ceil_div(rows, kPackRows), [&](int64_t i) {
+      const int64_t last = std::min(rows, (i + 1) * kPackRows);
+      for (int64_t row = i * kPackRows; row < last; ++row) prepare_row(row);
+    });
+  }
+
+  void prepare_row(int64_t row) {
+    static thread_local std::vector<float> buffer;
+    const int64_t padded = segments_ * segment_ + kSegment;
+    float* x = aligned(buffer, padded);
+    read_row(args_, row, x);
+    std::memset(x + args_.inputs, 0, (padded - args_.inputs) * sizeof(float));
+    row_scale_[row] = 1.0f;
+    if (args_.round_rows)
+      row_scale_[row] = scale_of(largest(x, ceil_div(args_.inputs, W) * W), 1);
+    for (int64_t s = 0; s < segments_; ++s) {
+      const int64_t count = std::min(segment_, args_.inputs - s * segment_);
+      prepare_segment(x + s * segment_, count, s * args_.num_rows + row, row_scale_[row]);
+    }
+  }
+
+  void prepare_segment(const float* x, int64_t count, int64_t at, float row_scale) {
+    float part[kSegment + 2 * W] = {};  // zeros behind the segment, not the next one's inputs
+    std::memcpy(part, x, count * sizeof(float));
+    const int64_t padded = ceil_div(count, W) * W;
+    if constexpr (integers)
+      write_digits(part, padded, at, row_scale);
+    else
+      write_floats(part, padded, at, row_scale);
+  }
+
+  void write_digits(const float* x, int64_t count, int64_t at, float row_scale) {
+    alignas(64) int8_t bytes[P][kSegment + 2 * W] = {};
+    int8_t* planes[P];
+    for (int p = 0; p < P; ++p) planes[p] = bytes[p];
+    const float scale = P == 1 ? row_scale : scale_of(largest(x, count), P);
+    int32_t sums[P];
+    split<P>(x, count, scale, planes, sums);
+    for (int p = 0; p < P; ++p) {
+      start_[at * P + p] = -(K::per_step == 2 ? kShift4 : kShift8) * sums[p];
+      A* to = a_ + (at * P + p) * units_;
+      for (int64_t i = 0; i < units_; ++i) to[i] = digits(bytes[p] + 4 * i);
+    }
+    float sum = float(sums[0]);
+    for (int p = 1; p < P; ++p) sum = sum * 256.0f + float(sums[p]);
+    heads_[at] = {scale, P == 1 ? sum : sum * scale};
+  }
+
+  void write_floats(float* x, int64_t count, int64_t at, float row_scale) {
+    if (args_.round_rows)
+      for (int64_t k = 0; k < count; k += W)
+        store(x + k, to_floats(nearest(load(x + k) / row_scale)));
+    vf sum{};
+    for (int64_t k = 0; k < count; k += W) sum = sum + load(x + k);
+    heads_[at] = {1.0f, lanes_sum(sum)};
+    if constexpr (!integers) std::memcpy(a_ + at * units_, x, units_ * sizeof(float));
+  }
+
+  // ---- products -------------------------------------------------------------------------------
+
+  void one_panel(int64_t panel, int64_t first, int64_t count) {
+    static thread_local std::vector<float> buffer;
+    float* sums = aligned(buffer, count * kPanel);
+    std::memset(sums, 0, count * kPanel * sizeof(float));
+    for (int64_t s = 0; s < segments_; s += block_)
+      one_block(panel, s, std::min(block_, segments_ - s), first, count, sums);
+    for (int64_t row = 0; row < count; ++row)
+      finish(sums + row * kPanel, panel * kPanel, first + row);
+  }
+
+  void one_block(int64_t panel, int64_t segment, int64_t count, int64_t first, int64_t rows,
+                 float* sums) {
+    constexpr int lines = 4;  // of a step
+    const int64_t tiles = ceil_div(rows, kTile), rest = rows % tiles;
+    const int64_t distance = tiles == 1 ? kAheadBytes : block_ * steps_ * 256;
+    for (int64_t i = 0, row = 0; i < tiles; ++i) {
+      const Place place{panel, segment, count, first + row,
+                        {distance, int(lines * i / tiles), int(lines * (i + 1) / tiles)}};
+      const int size = int(rows / tiles + (i < rest));
+      any_tile(size, place, sums + row * kPanel);
+      row += size;
+    }
+  }
+
+  struct Place {
+    int64_t panel, segment, segments, row;
+    Prefetch prefetch;
+  };
+
+  void any_tile(int rows, const Place& place, float* sums) const {
+    switch (rows) {
+      case 1:
+        return tile<1>(place, sums);
+      case 2:
+        return tile<2>(place, sums);
+      case 3:
+        if constexpr (kTile >= 3) return tile<3>(place, sums);
+        break;
+      case 4:
+        if constexpr (kTile >= 4) return tile<4>(place, sums);
+        break;
+      case 5:
+        if constexpr (kTile >= 5) return tile<5>(place, sums);
+        break;
+      default:
+        if constexpr (kTile >= 6) return tile<6>(place, sums);
+    }
+  }
+
+  template <int M>
+  void tile(const Place& place, float* sums) const {
+    constexpr int N = width_of(M * P);
+    const int64_t groups = ceil_div(args_.inputs, args_.group);
+    const int64_t parts = args_.group / segment_;  // segments of a group; one group may end early
+    const uint32_t* words = static_cast<const uint32_t*>(args_.packed) +
+                            (place.panel * panel_steps_ + place.segment * steps_) * kPanel;
+    for (int column = 0; column < kPanel; column += N * W)
+      for (int64_t i = 0; i < place.segments; ++i) {
+        const int64_t s = place.segment + i, at = s * args_.num_rows + place.row;
+        const int64_t group = groups == 1 ? 0 : s / parts;
+        const int64_t scales = (place.panel * groups + group) * kPanel + column;
+        const Weights w{words + i * steps_ * kPanel + column, args_.scale + scales,
+                        args_.offset == nullptr ? nullptr : args_.offset + scales};
+        K::template segment<M, N>(a_ + at * P * units_, int(units_), start_ + at * P, heads_ + at,
+                                  w, int(std::min(steps_, panel_steps_ - s * steps_)),
+                                  place.prefetch, column == 0, sums + column, args_.table);
+      }
+  }
+
+  void finish(const float* sums, int64_t column, int64_t row) const {
+    switch (args_.dtype) {
+      case Dtype::f32:
+        return write<float>(sums, column, row);
+      case Dtype::bf16:
+        return write<Bf16>(sums, column, row);
+      case Dtype::f16:
+        return write<F16>(sums, column, row);
+    }
+  }
+
+  template <class T>
+  void write(const float* sums, int64_t column, int64_t row) const {
+    T* out = static_cast<T*>(args_.out) + row * args_.outputs + column;
+    const T* bias = args_.bias ? static_cast<const T*>(args_.bias) + column : nullptr;
+    const int count = int(std::min(kPanel, args_.outputs - column));
+    for (int i = 0; i < count; i += W) {
+      const int part = std::min(W, count - i);
+      vf value = load(sums + i) * row_scale_[row];
+      if (bias) value = value + (part == W ? load(bias + i) : load_part(bias + i, part));
+      if (part == W)
+        store(out + i, value);
+      else
+        store_part(out + i, value, part);
+    }
+  }
+
+  const QuantizedLinear& args_;
+  const int64_t per_word_, segment_, segments_, steps_, panel_steps_, units_, block_, panels_;
+  A* a_ = nullptr;
+  int32_t* start_ = nullptr;
+  Head* heads_ = nullptr;
+  float* row_scale_ = nullptr;
+};
+
+template <bool kNibbles>
+void run_integers(const QuantizedLinear& args) {
+  if (args.round_rows) return Layer<Integers<kNibbles, 1>>(args).run();
+  if (args.dtype == Dtype::f32) return Layer<Integers<kNibbles, 3>>(args).run();
+  return Layer<Integers<kNibbles, 2>>(args).run();
+}
+
+}  // namespace
+
+int64_t segment_inputs(Code code, int64_t group, int64_t inputs) {
+  if (group >= inputs) return kSegment;
+  const int64_t step = inputs_per_word(code);
+  for (int64_t size = kSegment / step * step; size > 0; size -= step)
+    if (group % size == 0) return size;
+  return 0;
+}
+
+void quantized_linear(const QuantizedLinear& args) {
+  if (args.num_rows == 0 || args.outputs == 0) return;
+  switch (args.code) {
+    case Code::int8:
+      return run_integers<false>(args);
+    case Code::int4:
+      return run_integers<true>(args);
+    case Code::table4:
+      return Layer<Decoded<Table4>>(args).run();
+    case Code::fp8:
+      return Layer<Decoded<Fp8>>(args).run();
+  }
+}
+
+}  // namespace fxlm
