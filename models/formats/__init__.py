@@ -32,7 +32,14 @@ if TYPE_CHECKING:
 
 # quant_method -> module with `read`; a line a format.
 FORMATS: dict[str, str] = {
+    "awq": "fxlm.models.formats.awq",
+    "bitsandbytes": "fxlm.models.formats.bitsandbytes",
     "compressed-tensors": "fxlm.models.formats.compressed_tensors",
+    "fbgemm_fp8": "fxlm.models.formats.fp8",
+    "fp8": "fxlm.models.formats.fp8",
+    "gptq": "fxlm.models.formats.gptq",
+    "modelopt": "fxlm.models.formats.fp8",
+    "mxfp4": "fxlm.models.formats.mxfp4",
 }
 # Where checkpoints say how they are quantized if config.json does not: file -> quant_method.
 SIDE_FILES = {

@@ -1,9 +1,11 @@
-"""Codes packed into 32-bit words, as several formats have them.
+"""Codes packed into 32-bit words, and inputs out of order, as several formats have them.
 
 Plain tensor code that runs on real, meta and traced tensors.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 
@@ -23,3 +25,22 @@ def unpack_words(words: torch.Tensor, bits: int, minus: int = 0) -> torch.Tensor
     mask = (1 << bits) - 1
     parts = [((words >> shift & mask) - minus).to(torch.int8) for shift in range(0, 32, bits)]
     return torch.stack(parts, dim=-1).flatten(-2)
+
+
+def in_order(groups: torch.Tensor, size: int) -> bool:
+    """Whether the groups of inputs, int [K], are 0…0 1…1 …, ``size`` of each."""
+    return bool((groups == torch.arange(len(groups)) // size).all())
+
+
+def unordered(
+    codes: torch.Tensor, groups: torch.Tensor, dequantize: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """Dequantize codes [N, K] with inputs sorted by group, then put them back.
+
+    Args:
+        codes: columns as the model has them.
+        groups: int [K], the group of each column; all of one size.
+        dequantize: from sorted codes to values.
+    """
+    order = torch.argsort(groups, stable=True)
+    return dequantize(codes.index_select(1, order)).index_select(1, torch.argsort(order))

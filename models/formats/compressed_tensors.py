@@ -22,7 +22,7 @@ import torch
 
 from fxlm.compiler import ops
 from fxlm.models.formats import LogicalTensor, refuse, require
-from fxlm.models.formats.bits import unpack_words
+from fxlm.models.formats.bits import unordered, unpack_words
 
 if TYPE_CHECKING:
     from fxlm.models.checkpoint import Checkpoint
@@ -192,7 +192,7 @@ def _packed(checkpoint: Checkpoint, module: str, group: _Group) -> LogicalTensor
             zero = unpack_words(zero.t(), group.bits, half).t()[:outputs]
         if not order:
             return _dequantize(codes, scale, zero, group)
-        return _unordered(codes, rest[-1], lambda sorted: _dequantize(sorted, scale, zero, group))
+        return unordered(codes, rest[-1], lambda sorted: _dequantize(sorted, scale, zero, group))
 
     sources = (f"{module}.weight_packed", *scales, *order)
     return _logical(f"{module}.weight", (outputs, inputs), sources, build)
@@ -205,13 +205,6 @@ def _order(checkpoint: Checkpoint, module: str, inputs: int) -> tuple[str, ...]:
         return ()
     require(checkpoint, name, dtypes=("I32", "I64"), shape=(inputs,))
     return () if bool((checkpoint.read(name) < 0).all()) else (name,)  # -1: never filled in
-
-
-def _unordered(codes: torch.Tensor, groups: torch.Tensor, dequantize: Any) -> torch.Tensor:
-    """Dequantize with inputs sorted by group, then put them back."""
-    order = torch.argsort(groups, stable=True)
-    dense: torch.Tensor = dequantize(codes.index_select(1, order))
-    return dense.index_select(1, torch.argsort(order))
 
 
 def _scales(

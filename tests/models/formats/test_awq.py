@@ -1,0 +1,43 @@
+"""AWQ checkpoints: equal to what the format's own library unpacks, and refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fxlm.compiler.errors import InvalidModel
+from tests.models.formats.reading import golden, read, write
+
+SETTINGS: dict[str, Any] = {"quant_method": "awq", "bits": 4, "version": "gemm"}
+
+
+@pytest.mark.parametrize("case", ["g32", "g128"])
+def test_equals_the_library(case: str, tmp_path: Path) -> None:
+    tensors, expected = golden("awq.safetensors", case)
+    found = read(write(tmp_path, tensors, **SETTINGS), "m.weight")
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=1e-4)  # it multiplies in float16
+
+
+def test_without_zero_points_codes_are_symmetric(tmp_path: Path) -> None:
+    tensors, _ = golden("awq.safetensors", "g32")
+    del tensors["m.qzeros"]
+    found = read(write(tmp_path, tensors, **SETTINGS), "m.weight")
+    eights = torch.full((4, 8), int.from_bytes(b"\x88" * 4, "little", signed=True))
+    same = read(write(tmp_path, tensors | {"m.qzeros": eights.int()}, **SETTINGS), "m.weight")
+    torch.testing.assert_close(found, same)
+
+
+def test_the_gemv_version_is_refused(tmp_path: Path) -> None:
+    tensors, _ = golden("awq.safetensors", "g32")
+    with pytest.raises(InvalidModel, match="AWQ version 'gemv'"):
+        read(write(tmp_path, tensors, **{**SETTINGS, "version": "GEMV"}), "m.weight")
+
+
+def test_scales_of_another_shape_are_refused(tmp_path: Path) -> None:
+    tensors, _ = golden("awq.safetensors", "g32")
+    tensors["m.scales"] = tensors["m.scales"][:, :32].contiguous()
+    with pytest.raises(InvalidModel, match=r"'m.scales'.* shape \[4, 32\], must be \[4, 64\]"):
+        read(write(tmp_path, tensors, **SETTINGS), "m.weight")

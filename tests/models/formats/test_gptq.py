@@ -1,0 +1,65 @@
+"""GPTQ checkpoints: equal to what the format's own library unpacks, and refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fxlm.compiler.errors import InvalidModel
+from tests.models.formats.reading import golden, read, write
+
+CASES = ("v2_4", "v1_4", "v1_4_desc_act", "v2_8", "v1_8", "v1_2")
+
+
+def settings(case: str) -> dict[str, object]:
+    version = "gptq_v2" if case.startswith("v2") else "gptq"
+    bits = int(case.split("_")[1])
+    return {
+        "quant_method": "gptq", "bits": bits, "checkpoint_format": version,
+        "desc_act": "desc_act" in case,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_library(case: str, tmp_path: Path) -> None:
+    tensors, expected = golden("gptq.safetensors", case)
+    found = read(write(tmp_path, tensors, **settings(case)), "m.weight")
+    # The library multiplies in float16.
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=1e-4)
+
+
+def test_a_layer_without_an_index_is_in_order(tmp_path: Path) -> None:
+    tensors, expected = golden("gptq.safetensors", "v1_4")
+    del tensors["m.g_idx"]
+    found = read(write(tmp_path, tensors, **settings("v1_4")), "m.weight")
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=1e-4)
+
+
+def test_desc_act_without_an_index_is_refused(tmp_path: Path) -> None:
+    tensors, _ = golden("gptq.safetensors", "v1_4_desc_act")
+    del tensors["m.g_idx"]
+    with pytest.raises(InvalidModel, match=r"lacks tensor 'm.g_idx' \(desc_act\)"):
+        read(write(tmp_path, tensors, **settings("v1_4_desc_act")), "m.weight")
+
+
+def test_zero_points_of_another_width_are_refused(tmp_path: Path) -> None:
+    tensors, _ = golden("gptq.safetensors", "v2_8")
+    tensors["m.qzeros"] = tensors["m.qzeros"][:, :8].contiguous()
+    with pytest.raises(InvalidModel, match=r"'m.qzeros'.* has shape \[1, 8\], must be \[1, 16\]"):
+        read(write(tmp_path, tensors, **settings("v2_8")), "m.weight")
+
+
+def test_three_bits_are_refused(tmp_path: Path) -> None:
+    tensors, _ = golden("gptq.safetensors", "v1_4")
+    tensors["m.qweight"] = tensors["m.qweight"][:12].contiguous()
+    with pytest.raises(InvalidModel, match="3-bit codes"):
+        read(write(tmp_path, tensors, **settings("v1_4")), "m.weight")
+
+
+def test_an_unknown_version_is_refused(tmp_path: Path) -> None:
+    tensors, _ = golden("gptq.safetensors", "v1_4")
+    changed = {**settings("v1_4"), "checkpoint_format": "marlin"}
+    with pytest.raises(InvalidModel, match="checkpoint_format 'marlin'"):
+        read(write(tmp_path, tensors, **changed), "m.weight")
