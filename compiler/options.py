@@ -15,6 +15,12 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16, "half": torch.float16,
 }  # fmt: skip
+KV_CACHE_DTYPES = {
+    "auto": None,
+    "int8": torch.int8,
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,6 +31,8 @@ class CompileOptions:
         device: ``cpu`` or ``cuda``.
         dtype: element type of weights and activations; ``auto`` takes the checkpoint's.
         block_size: tokens per block of the KV cache.
+        kv_cache_dtype: what the cache holds: ``auto`` (elements of the activations' type), ``int8``
+            or ``fp8`` (e4m3; ``fp8_e4m3`` is the same), codes with a scale a token and head.
         max_model_len: context that will be served; decides the artifact only for rotations
             that depend on it. None: what the model was made for.
         eager: leave the regions uncompiled and interpret them (no C++ compiler needed).
@@ -41,6 +49,7 @@ class CompileOptions:
     device: str = "cpu"
     dtype: str = "auto"
     block_size: int = 16
+    kv_cache_dtype: str = "auto"
     max_model_len: int | None = None
     eager: bool = False
     passes: tuple[GraphPass, ...] = ()
@@ -59,10 +68,19 @@ class CompileOptions:
         for name, points in (("tap", self.tap), ("steer", self.steer)):
             if len(set(points)) != len(points):
                 raise InvalidOption(name, ", ".join(points), "name each module once")
-        if self.block_size < 1 or self.block_size & (self.block_size - 1):
-            raise InvalidOption("block_size", self.block_size, "use a power of two, e.g. 16")
+        if self.block_size < 16 or self.block_size & (self.block_size - 1):
+            reason = "use a power of two from 16 on, which the kernels are made for"
+            raise InvalidOption("block_size", self.block_size, reason)
+        resolve_cache_dtype(self.kv_cache_dtype)
         if self.quantization is not None:
             parse_quantization(self.quantization)
+
+
+def resolve_cache_dtype(choice: str) -> torch.dtype | None:
+    """The element type of the KV cache that ``choice`` means; None: that of the keys."""
+    if choice not in KV_CACHE_DTYPES:
+        raise InvalidOption("kv_cache_dtype", choice, f"use {', '.join(KV_CACHE_DTYPES)}")
+    return KV_CACHE_DTYPES[choice]
 
 
 def resolve_dtype(choice: str, stored: str, device: str) -> tuple[torch.dtype, str]:

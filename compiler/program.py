@@ -19,6 +19,7 @@ import torch
 from torch import fx
 
 from fxlm.compiler.errors import PassError
+from fxlm.compiler.ops.kv_cache import scale_columns
 from fxlm.compiler.report import PassReport
 
 if TYPE_CHECKING:  # symbolic shapes take half a second to import, and serving needs none
@@ -51,7 +52,10 @@ class Input:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheSpec:
-    """KV memory of one attention layer: heads and head sizes per token, and the dtype."""
+    """KV memory of one attention layer: heads and head sizes per token, and the dtype.
+
+    Where the dtype is one of codes, each token and head has a float32 scale beside them.
+    """
 
     num_kv_heads: int
     key_dim: int
@@ -61,7 +65,12 @@ class CacheSpec:
     @property
     def bytes_per_token(self) -> int:
         """Bytes of K and V for one token of one layer."""
-        return self.num_kv_heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
+        columns = self.columns(self.key_dim) + self.columns(self.value_dim)
+        return self.num_kv_heads * columns * self.dtype.itemsize
+
+    def columns(self, dim: int) -> int:
+        """The last dimension of a cache whose heads have size ``dim``."""
+        return dim + scale_columns(self.dtype)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

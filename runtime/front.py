@@ -18,7 +18,7 @@ from fxlm.compiler.artifact import dtype_name
 from fxlm.compiler.errors import InvalidOption
 from fxlm.compiler.ops import cpu_implementation
 from fxlm.compiler.ops.build import cpu_flags
-from fxlm.compiler.options import CompileOptions, resolve_dtype
+from fxlm.compiler.options import CompileOptions, resolve_cache_dtype, resolve_dtype
 from fxlm.compiler.pipeline import GraphPass, disable, order
 from fxlm.compiler.program import Facts, Program
 from fxlm.models.checkpoint import Checkpoint
@@ -124,6 +124,8 @@ def column_of(options: CompileOptions, **settings: dict[str, Any]) -> list[Graph
         if name in REQUIRED:
             raise InvalidOption("--disable-pass", name, "the engine cannot run without it")
     settings |= {"steer": {"points": options.steer}, "tap": {"points": options.tap}}
+    cached = {"cache_dtype": resolve_cache_dtype(options.kv_cache_dtype)}
+    settings["paged_attention"] = {**cached, **settings.get("paged_attention", {})}
     settings["quantize"] = {"quantization": options.quantization}
     wanted = {
         "pack_linears": options.pack_weights,

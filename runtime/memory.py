@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from fxlm.compiler.artifact import Artifact
+from fxlm.compiler.artifact import Artifact, dtype_name
 from fxlm.compiler.errors import InvalidOption, OutOfMemory
+from fxlm.compiler.ops.kv_cache import is_coded
 from fxlm.runtime import machine
 from fxlm.runtime.options import EngineOptions
 from fxlm.runtime.step import DEFAULT_SCORE_ROWS, WorkerSpec
@@ -29,6 +30,7 @@ class MemoryPlan:
     Attributes:
         weights_bytes: prepared weights.
         kv_bytes_per_token: K and V of one token in all layers.
+        kv_content: what the cache holds, in words.
         kv_bytes: of the whole cache.
         activation_bytes: peak of one step of ``spec.max_num_batched_tokens`` tokens, as the
             graph stands; compiled code fuses and needs less.
@@ -39,6 +41,7 @@ class MemoryPlan:
 
     weights_bytes: int
     kv_bytes_per_token: int
+    kv_content: str
     kv_bytes: int
     activation_bytes: int
     available_bytes: int
@@ -50,7 +53,7 @@ class MemoryPlan:
         spec = self.spec
         rows = [
             ("weights", _mib(self.weights_bytes), ""),
-            ("KV per token", f"{self.kv_bytes_per_token} bytes", "all layers, K and V"),
+            ("KV per token", f"{self.kv_bytes_per_token} bytes", self.kv_content),
             ("peak activations", _mib(self.activation_bytes),
              f"a step of {spec.max_num_batched_tokens} tokens, unfused (upper bound)"),
             *self.reasons,
@@ -100,9 +103,17 @@ def plan_memory(artifact: Artifact, options: EngineOptions) -> MemoryPlan:
     )  # fmt: skip
     return MemoryPlan(
         weights_bytes=weights, kv_bytes_per_token=per_token, activation_bytes=activations,
-        kv_bytes=num_blocks * per_token * block, available_bytes=available, spec=spec,
+        kv_content=_content(artifact), kv_bytes=num_blocks * per_token * block,
+        available_bytes=available, spec=spec,
         reasons=reasons,
     )  # fmt: skip
+
+
+def _content(artifact: Artifact) -> str:
+    """Element types of the caches, e.g. ``K and V of all layers, int8 and a scale a head``."""
+    types = sorted({c.dtype for c in artifact.caches()}, key=str)
+    names = [dtype_name(t) + (" and a scale a head" if is_coded(t) else "") for t in types]
+    return f"K and V of all layers, {', '.join(names)}"
 
 
 def _tokens_per_step(model: dict[str, Any], options: EngineOptions) -> tuple[int, str]:

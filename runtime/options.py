@@ -38,6 +38,7 @@ class EngineOptions:
         kv_cache_memory_bytes: bytes of KV memory; None: planned.
         memory_fraction: share of the memory that planning may use.
         block_size: tokens per KV block.
+        kv_cache_dtype: ``auto`` (as the activations), ``int8`` or ``fp8`` (e4m3).
         max_num_seqs: sequences per step.
         max_num_batched_tokens: tokens per step; None: 512 on CPU, 2048 on CUDA.
         enable_prefix_caching: reuse blocks of equal prefixes.
@@ -62,6 +63,7 @@ class EngineOptions:
     kv_cache_memory_bytes: int | None = None
     memory_fraction: float = 0.8
     block_size: int = 16
+    kv_cache_dtype: str = "auto"
     max_num_seqs: int = 128
     max_num_batched_tokens: int | None = None
     enable_prefix_caching: bool = True
@@ -139,6 +141,7 @@ def compile_options(options: EngineOptions) -> CompileOptions:
         device=device,
         dtype=options.dtype,
         block_size=options.block_size,
+        kv_cache_dtype=options.kv_cache_dtype,
         max_model_len=options.max_model_len,
         eager=options.enforce_eager,
         passes=tuple(load_pass(p) for p in options.passes),

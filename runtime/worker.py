@@ -12,6 +12,7 @@ import torch
 
 from fxlm.compiler.artifact import Artifact
 from fxlm.compiler.errors import OutOfMemory
+from fxlm.compiler.ops.kv_cache import allocate
 from fxlm.compiler.step import Reader, Step, load_weights
 from fxlm.runtime import machine
 from fxlm.runtime.batch import Batch
@@ -51,8 +52,9 @@ class ModelWorker:
         caches = {}
         for layer, cache in enumerate(artifact.caches()):
             for name, dim in (("k", cache.key_dim), ("v", cache.value_dim)):
-                shape = (spec.num_blocks, cache.num_kv_heads, spec.block_size, dim)
-                caches[name, layer] = torch.zeros(shape, dtype=cache.dtype, device=self.device)
+                columns = cache.columns(dim)
+                shape = (spec.num_blocks, cache.num_kv_heads, spec.block_size, columns)
+                caches[name, layer] = allocate(shape, cache.dtype, self.device)
         return caches
 
     @torch.inference_mode()
@@ -79,7 +81,8 @@ class ModelWorker:
         """Copy whole blocks (source, destination) in every layer."""
         source, target = (torch.tensor(c, device=self.device) for c in zip(*copies, strict=True))
         for cache in self._caches.values():
-            cache.index_copy_(0, target, cache.index_select(0, source))
+            blocks = cache.view(torch.uint8)  # codes of 8 bits cannot be indexed in every torch
+            blocks.index_copy_(0, target, blocks.index_select(0, source))
 
 
 def set_threads(choice: int | None) -> tuple[int, str]:

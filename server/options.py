@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from fxlm.compiler.errors import InvalidOption
 from fxlm.server.limits import Limits
 
+KV_CACHE_DTYPES = ("auto", "int8", "fp8", "fp8_e4m3")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 POLICIES = ("fcfs", "priority")
@@ -112,6 +113,11 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
         type=fraction,
         metavar="F",
         help="share of the memory to plan with, when no size is given",
+    )
+    group.add_argument(
+        "--kv-cache-dtype",
+        choices=KV_CACHE_DTYPES,
+        help="what the KV cache holds (default: auto, as the activations; fp8 is e4m3)",
     )
     group.add_argument("--block-size", type=whole(1), metavar="N", help="tokens in a KV block")
     group.add_argument("--max-num-seqs", type=whole(1), metavar="N", help="sequences in a step")

@@ -80,7 +80,10 @@ _NEEDS_VNNI = _NEEDS_AVX512 | {"avx512_vnni"}
 
 # Best first; the last runs on anything, of any architecture.
 ISAS = {
-    "avx512bf16": Isa(flags=(*_VNNI, "-mavx512bf16"), needs=_NEEDS_VNNI | {"avx512_bf16"}),
+    "avx512bf16": Isa(
+        flags=(*_VNNI, "-mavx512bf16", "-mavx512vbmi"),
+        needs=_NEEDS_VNNI | {"avx512_bf16", "avx512vbmi"},
+    ),
     "avx512vnni": Isa(flags=_VNNI, needs=_NEEDS_VNNI),
     "avx512": Isa(flags=_AVX512, needs=_NEEDS_AVX512),
     "avxvnni": Isa(flags=(*_AVX2, "-mavxvnni"), needs=_NEEDS_AVX2 | {"avx_vnni"}),

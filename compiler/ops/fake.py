@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxlm.compiler.ops import linear, quantized, reference
+from fxlm.compiler.ops import kv_cache, linear, quantized, reference
 
 ATTENTION = (
     "(Tensor q, Tensor k, Tensor v, int layer, float scale, int window, int chunk, "
@@ -24,7 +24,8 @@ ATTENTION = (
 PAGED_ATTENTION = (
     "(Tensor q, Tensor? k, Tensor? v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
     "Tensor slot_mapping, Tensor query_start, Tensor seq_lens, Tensor block_table, "
-    "float scale, int window, int chunk, float softcap, Tensor? sinks, Tensor? slopes) -> Tensor"
+    "float scale, int window, int chunk, float softcap, Tensor? sinks, Tensor? slopes, "
+    "Tensor? k_scale=None, Tensor? v_scale=None) -> Tensor"
 )
 SAMPLE = (
     "(Tensor logits, Tensor floats, Tensor ints, Tensor adjust_start, Tensor adjust_ids, "
@@ -95,8 +96,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
 def paged_attention(
     q: Tensor, k: Tensor | None, v: Tensor | None, k_cache: Tensor, v_cache: Tensor, *_: Any
 ) -> Tensor:
-    """q [1,Hq,T,Dk], v_cache [blocks,Hkv,block_size,Dv] -> [1,T,Hq,Dv], contiguous."""
-    return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v_cache.shape[3]))
+    """q [1,Hq,T,Dk], v_cache [blocks,Hkv,block_size,Dv + scale] -> [1,T,Hq,Dv], contiguous."""
+    width = v_cache.shape[3] - kv_cache.scale_columns(v_cache.dtype)
+    return q.new_empty((q.shape[0], q.shape[2], q.shape[1], width))
 
 
 def sample(

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fxlm.compiler.ops import kv_cache
+
 QUERY_TILE = 256  # queries whose scores are held at once: bounds memory to tile x keys x heads
 GREEDY_BELOW = 1e-5  # temperatures below are greedy: dividing by them overflows
 NEGATIVE_INFINITY = float("-inf")
@@ -114,26 +116,31 @@ def paged_attention(
     softcap: float,
     sinks: Tensor | None,
     slopes: Tensor | None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """Write k and v into the cache, then attend causally through the block table.
 
     Args:
         q, k, v: as in `attention`, T the tokens of all sequences one after another; k and v
             None: the cache holds them already (a layer that shares another's cache).
-        k_cache, v_cache: [blocks,Hkv,block_size,D], written in place.
+        k_cache, v_cache: [blocks,Hkv,block_size,D], written in place; see `kv_cache`.
         slot_mapping: [T], block * block_size + offset of each token; -1 = do not write.
         query_start: [S+1], prefix sums of tokens a sequence.
         seq_lens: [S], tokens in the cache with those of this call.
         block_table: [S,B], physical blocks of each sequence.
         scale, window, chunk, softcap, sinks, slopes: as in `attention`.
+        k_scale, v_scale: scales to store codes with, one value or one a KV head; None: each
+            token and head gets its own.
 
     Returns:
         [1,T,Hq,Dv]; tokens past query_start[S] are zero.
     """
     if k is not None and v is not None:
-        _write(k_cache, k[0], slot_mapping)
-        _write(v_cache, v[0], slot_mapping)
-    out = q.new_zeros((1, q.shape[2], q.shape[1], v_cache.shape[3]))
+        kv_cache.write(k_cache, k[0], slot_mapping, keys=True, scale=k_scale)
+        kv_cache.write(v_cache, v[0], slot_mapping, keys=False, scale=v_scale)
+    width = v_cache.shape[3] - kv_cache.scale_columns(v_cache.dtype)
+    out = q.new_zeros((1, q.shape[2], q.shape[1], width))
     starts, lengths = query_start.tolist(), seq_lens.tolist()
     block_size = k_cache.shape[2]
     for row, length in enumerate(lengths):
@@ -145,28 +152,11 @@ def paged_attention(
         low = max(low, first // chunk * chunk) if chunk > 0 else low
         blocks = block_table[row, low // block_size : -(-length // block_size)].long()
         skipped = low // block_size * block_size
-        keys = _gather(k_cache, blocks, length - skipped)
-        values = _gather(v_cache, blocks, length - skipped)
+        keys = kv_cache.gather(k_cache, blocks, length - skipped, keys=True)
+        values = kv_cache.gather(v_cache, blocks, length - skipped, keys=False)
         rules = (scale, window, chunk, softcap, sinks, slopes)
         out[0, begin:end] = attend(q[0, :, begin:end], keys, values, first, skipped, *rules)
     return out
-
-
-def _write(cache: Tensor, new: Tensor, slots: Tensor) -> None:
-    """cache [blocks,Hkv,block_size,D]; new [Hkv,T,D]; slots [T]."""
-    used = slots >= 0
-    slots = slots[used]
-    block_size = cache.shape[2]
-    offset = slots % block_size
-    cache[torch.div(slots, block_size, rounding_mode="floor"), :, offset] = new.transpose(0, 1)[
-        used
-    ].to(cache.dtype)
-
-
-def _gather(cache: Tensor, blocks: Tensor, length: int) -> Tensor:
-    """cache [blocks,Hkv,block_size,D] -> [Hkv,length,D]."""
-    _, heads, _, width = cache.shape
-    return cache[blocks].transpose(0, 1).reshape(heads, -1, width)[:, :length]
 
 
 def sample(

@@ -85,3 +85,33 @@ def test_compiled(tmp_path: Path) -> None:
     expected = [generate(single, [p], GREEDY)[0] for p in given()]
     chunked = engine(path, enforce_eager=False, max_num_batched_tokens=16)
     assert not differing(generate(chunked, given(), GREEDY), expected)
+
+
+@pytest.mark.parametrize("cached", ["int8", "fp8"])
+def test_a_cache_of_codes_changes_with_nothing(model: str, cached: str) -> None:
+    """Batched, chunked, through the prefix cache, after preemption: as each prompt alone."""
+    single = engine(model, kv_cache_dtype=cached)
+    expected = [generate(single, [p], GREEDY)[0] for p in given()]
+    # 2 layers x 2 x 2 heads x (16 codes + a scale of 4 bytes) x 16 tokens a block
+    squeezed = engine(model, kv_cache_dtype=cached, kv_cache_memory_bytes=26 * 2560)
+    for made in (
+        engine(model, kv_cache_dtype=cached, max_num_batched_tokens=16),
+        engine(model, kv_cache_dtype=cached, enable_prefix_caching=True),
+        squeezed,
+    ):
+        assert not differing(generate(made, given(), GREEDY), expected)
+    assert squeezed.stats().num_preemptions > 0
+
+
+@pytest.mark.parametrize("cached", ["int8", "fp8"])
+def test_forks_copy_codes_and_scales(model: str, cached: str) -> None:
+    """Forks share the prompt's blocks, copy the last, and go on as one alone does."""
+    made = engine(model, kv_cache_dtype=cached, enable_prefix_caching=True)
+    prompt = given()[0]  # 40 tokens: its last block is half full
+    expected = generate(made, [prompt], GREEDY)[0]
+    likeliest = SamplingParams(temperature=1.0, top_k=1, n=3, max_tokens=20, ignore_eos=True)
+    request = Request(request_id="forks", prompt_token_ids=prompt, params=likeliest)
+    tokens: dict[int, list[int]] = {0: [], 1: [], 2: []}
+    for output in run(made, [request])["forks"]:
+        tokens[output.index] += output.token_ids
+    assert list(tokens.values()) == [expected] * 3

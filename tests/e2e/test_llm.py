@@ -109,6 +109,7 @@ def test_the_number_of_params_must_fit(llm: LLM) -> None:
         ({"dtype": "float8"}, "use auto, float32"),
         ({"max_model_len": "8"}, "max_model_len"),
         ({"block_size": 12}, "power of two"),
+        ({"kv_cache_dtype": "fp4"}, "use auto, int8, fp8, fp8_e4m3"),
         ({"device": "tpu"}, "use auto, cpu or cuda"),
         ({"max_model_len": 4096}, "made for 2048 tokens"),
         ({"passes": ["nowhere.py:f"]}, "a file that exists"),

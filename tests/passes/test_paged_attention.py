@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 
 from fxlm.compiler import pipeline
+from fxlm.compiler.errors import InvalidOption
+from fxlm.compiler.program import ancestors
 from fxlm.passes.cleanup import cleanup
 from fxlm.passes.paged_attention import paged_attention
+from tests.passes.options import with_options
 from tests.programs import captured
 
 
@@ -27,6 +31,35 @@ def test_the_cache_may_have_another_type() -> None:
     program = pipeline.run(captured(), [cleanup, item])
     assert program.caches[1].dtype is torch.bfloat16
     assert program.placeholders("cache")[-1].meta["val"].dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_a_cache_of_codes_has_room_for_scales(dtype: torch.dtype) -> None:
+    program = pipeline.run(captured(), [cleanup, with_options(paged_attention, cache_dtype=dtype)])
+    assert program.caches[0].bytes_per_token == 2 * 2 * (16 + 4)
+    cache = program.placeholders("cache")[0].meta["val"]
+    assert (cache.dtype, cache.shape[3]) == (dtype, 20)
+    assert program.attentions()[0].meta["val"].shape[3] == 16
+
+
+def test_heads_that_codes_cannot_be_packed_for_are_refused() -> None:
+    item = with_options(paged_attention, cache_dtype=torch.int8)
+    with pytest.raises(InvalidOption, match="heads of size 18"):
+        pipeline.run(captured(head_dim=18), [cleanup, item])
+
+
+def test_scales_of_the_checkpoint_are_weights_of_their_layer() -> None:
+    raw = tuple((f"layers.1.{x}_scale", torch.bfloat16, ()) for x in "kv")
+    item = with_options(paged_attention, cache_dtype=torch.float8_e4m3fn, scales={1: raw})
+    program = pipeline.run(captured(), [cleanup, item])
+    first, second = program.attentions()
+    assert first.args[-2:] == (None, None)
+    fixed = program.weight_only()
+    for node, (name, *_) in zip(second.args[-2:], raw, strict=True):
+        assert node in fixed
+        assert (node.meta["val"].dtype, tuple(node.meta["val"].shape)) == (torch.float32, (1,))
+        assert name in {program.inputs[n.name].source for n in ancestors([node])
+                        if n.op == "placeholder"}  # fmt: skip
 
 
 def test_settings_of_a_layer_are_kept() -> None:

@@ -50,6 +50,14 @@ def test_the_parts(artifact: Artifact) -> None:
     assert found.activation_bytes == 512 * 1000 + (36 + 64) * 100
 
 
+def test_codes_take_a_byte_each_and_four_for_the_scale(artifact: Artifact) -> None:
+    for cache in artifact.manifest["caches"]:
+        cache["dtype"] = "int8"
+    found = plan(artifact, max_num_seqs=36)
+    assert found.kv_bytes_per_token == 2 * 2 * 4 * (64 + 4)
+    assert "int8 and a scale a head" in "\n".join(found.lines())
+
+
 def test_the_cache_takes_what_is_left(artifact: Artifact) -> None:
     found = plan(artifact, memory_fraction=0.5)
     left = 1000 * MIB - WEIGHTS - found.activation_bytes - OVERHEAD_BYTES

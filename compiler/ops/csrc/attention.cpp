@@ -9,8 +9,11 @@
 // Whether one thread walks all splits of a tile or many threads one each is decided by load alone
 // and changes no bit; nor does the chunking of a prefill or the company in the batch.
 //
-// Scores of kKeys keys at a time: keys are packed to columns, then a register-tiled product
-// (product.h); no horizontal sums.
+// Groups. Within a split, keys and values are taken kGroup tokens at a time. The cache lies as the
+// products read it (kv_cache.h), so that they take it where it is; codes, and elements that this
+// CPU cannot multiply, are first expanded into a scratch that stays in the first-level cache. Scales
+// of keys go on the scores, scales of values on the weights. Blocks lie anywhere, so that the
+// hardware cannot tell what comes next: each group prefetches its successor, a little a step.
 
 #include "attention.h"
 
@@ -18,19 +21,119 @@
 #include <memory>
 #include <vector>
 
+#include "kv_cache.h"
 #include "parallel.h"
 #include "product.h"
 
 namespace fxlm {
 namespace {
 
-constexpr int kSplit = 256;  // keys a partial softmax; a multiple of kKeys
+constexpr int kSplit = 256;  // keys a partial softmax
+constexpr int kGroup = 64;   // tokens that are expanded and prefetched together; divides kSplit
+constexpr int kTiles = kGroup / kTile;
 constexpr int kRows = 64;    // rows a tile, unless one group is larger
 constexpr int kMaxRows = 128;
+constexpr int kReading = 8;  // what reading a split costs, in rows
 constexpr int64_t kSerialFloats = 1 << 16;  // folding fewer costs less than waking threads
-constexpr int kValues = 32;  // values a pass of the second product: stays in the first-level cache
 
 constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+// ---- what the products read -------------------------------------------------------------------
+
+// The tiles of one group, and how many lines of each are to be read; no lines: there is none.
+struct Tiles {
+  const char* at[kTiles];
+  int lines;
+  int64_t stride;  // bytes from line to line
+  Lines line_of(int tile) const { return {lines ? at[tile] : nullptr, stride}; }
+  __attribute__((always_inline)) void prefetch(int line) const {
+    if (line >= lines) return;
+    for (const char* tile : at) fetch(tile + line * stride);
+  }
+};
+
+// Floats, or pairs of bf16: what is stored of a lane and a step, and how it is multiplied.
+struct FloatUnit {
+  using A = float;
+  static constexpr int per_step = 1;
+  static vf fma(vf sum, float a, vf b) { return a * b + sum; }
+  static void store_weights(float* row, int i, vf weights) { store(row + i, weights); }
+  static vf exponential(vf x) { return vexp(x); }
+};
+#if defined(FXLM_PAIRS)
+struct PairUnit {
+  using A = uint32_t;
+  static constexpr int per_step = 2;
+  static vf fma(vf sum, uint32_t a, vf b) { return Pairs::fma(sum, a, b); }
+  static void store_weights(float* row, int i, vf weights) {
+    const __m256bh rounded = _mm512_cvtneps_pbh((__m512)weights);
+    std::memcpy(reinterpret_cast<Bf16*>(row) + i, &rounded, sizeof rounded);
+  }
+  // exp(x) for x <= 0 within 4e-6, a hundredth of what rounding to bf16 takes: 2^n times a
+  // polynomial in the fraction, fitted by least squares at Chebyshev points.
+  static vf exponential(vf x) {
+    const vf t = vmax(broadcast(-200.0f), x) * 1.44269504088896341f;
+    const vf n = (vf)_mm512_roundscale_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT);
+    const vf f = t - n;
+    vf y = broadcast(0.00956051021f);
+    y = y * f + 0.0559170392f;
+    y = y * f + 0.240249811f;
+    y = y * f + 0.693121968f;
+    y = y * f + 0.999999191f;
+    return (vf)_mm512_scalef_ps((__m512)y, (__m512)n);
+  }
+};
+#endif
+
+// B of the first product: a pointer for every W keys, `stride` bytes from step to step.
+template <class Unit>
+struct KeyLanes : Unit {
+  const char* const* lanes;
+  int64_t stride;
+  const Tiles* next;
+  KeyLanes(const char* const* l, int64_t s, const Tiles* n) : lanes(l), stride(s), next(n) {}
+  KeyLanes quiet() const { return {lanes, stride, nullptr}; }
+  __attribute__((always_inline)) void prefetch(int k, int column, int) const {
+    if (next != nullptr && column == 0) next->prefetch(k);
+  }
+  vf operator()(int k, int column) const {
+    return bits_load<vf>(lanes[column / W] + k * stride);
+  }
+};
+
+// B of the second product: a pointer for every tile of tokens, `stride` bytes from step to step.
+template <class Unit>
+struct ValueRows : Unit {
+  static constexpr int steps = kTile / Unit::per_step;  // of a tile
+  const char* const* tiles;
+  int64_t stride;
+  int first;  // step of the group
+  const Tiles* next;
+  ValueRows(const char* const* t, int64_t s, int f, const Tiles* n)
+      : tiles(t), stride(s), first(f), next(n) {}
+  ValueRows quiet() const { return {tiles, stride, first, nullptr}; }
+  __attribute__((always_inline)) void prefetch(int k, int column, int width) const {
+    if (next != nullptr) next->prefetch(column / width * (kTiles * steps) + k);
+  }
+  vf operator()(int k, int column) const {
+    const unsigned step = unsigned(first + k);
+    return bits_load<vf>(tiles[step / steps] + step % steps * stride + column * 4);
+  }
+};
+
+// How a cache becomes units; `expand` null: it holds them already.
+struct Format {
+  Expand expand;
+  Expand copy;  // what to take instead of nothing where a group ends within a tile
+  const Codes* codes;
+  int bytes;  // an element
+};
+
+// One of the two caches.
+struct Chunks {
+  const char* base;
+  int64_t dim, chunk_bytes;
+};
 
 // ---- one tile ---------------------------------------------------------------------------------
 
@@ -40,7 +143,7 @@ struct Tile {
   int64_t low, high;         // keys that some row sees
   int64_t partials;          // where its partials start, in rows; -1 = walked by one thread
   int64_t splits() const { return (high - 1) / kSplit - low / kSplit + 1; }
-  int64_t cost() const { return splits() * rows; }
+  int64_t cost() const { return splits() * (rows + kReading); }
 };
 
 struct Item {
@@ -50,17 +153,21 @@ struct Item {
 // Per row: maximum, sum, then the weighted values.
 constexpr int kHeader = W;  // maximum at [0], sum at [1]; keeps the values aligned to vectors
 
-template <class T, class B>
+template <class T, class Unit>
 class Worker {
  public:
-  Worker(const Attention& args, const Tile& tile)
+  Worker(const Attention& args, const Tile& tile, const Format& format)
       : args_(args),
         tile_(tile),
+        format_(format),
         group_(args.heads / args.kv_heads),
-        steps_(int((args.dk + B::per_step - 1) / B::per_step)),
+        shift_(__builtin_ctzll(args.block_size)),
+        table_(args.block_table + tile.sequence * args.table_stride),
+        steps_(int(args.dk / Unit::per_step)),
         width_(int(round_up(args.dv, W))),
         ld_(kHeader + width_),
-        packs_values_(args.dv % W != 0 || (sizeof(T) < 4 && tile.rows >= 16)) {
+        keys_{static_cast<const char*>(args.k_cache), args.dk, chunk_bytes(args.dk)},
+        values_{static_cast<const char*>(args.v_cache), args.dv, chunk_bytes(args.dv)} {
     const int64_t begin = args.query_start[tile.sequence];
     first_token_ = begin;
     first_position_ =
@@ -69,35 +176,40 @@ class Worker {
     pack_queries();
   }
 
-  // Partial results of one split -> rows of `out`, ld_ floats each.
-  void split(int64_t index, float* out) {
-    const int64_t base = index * kSplit;
-    begin_ = int(std::max<int64_t>(tile_.low - base, 0));
-    end_ = int(std::min<int64_t>(tile_.high - base, kSplit));
-    find_rows(base);
-    const int first = begin_ / kKeys * kKeys, last = int(round_up(end_, kKeys));
-    for (int key = first; key < last; key += kKeys) {
-      pack_keys<B>(key_rows_ + key, int(args_.dk), packed_);
-      for (int m = 0; m < tile_.rows; ++m)
-        std::memset(scores_ + m * kSplit + key, 0, kKeys * sizeof(float));
-      const NextKeys next{reinterpret_cast<const char* const*>(key_rows_ + key + kKeys),
-                          B::per_step * int(sizeof(T))};
-      product_rows(queries_, steps_, B{static_cast<const typename B::A*>(packed_), next}, steps_,
-                   kKeys, scores_ + key, kSplit, int(tile_.rows));
+  // Partial results of one split -> rows of `out`, ld_ floats each. `more`: the next split follows.
+  void split(int64_t index, float* out, bool more) {
+    base_ = index * kSplit;
+    begin_ = int(std::max<int64_t>(tile_.low - base_, 0));
+    end_ = int(std::min<int64_t>(tile_.high - base_, kSplit));
+    const int first = begin_ / kGroup * kGroup, last = int(round_up(end_, W));
+    if (format_.codes) find_scales(first);
+    for (int m = 0; m < tile_.rows; ++m) {
+      std::memset(scores_ + m * kSplit + first, 0, (last - first) * sizeof(float));
+      std::memset(out + m * ld_ + kHeader, 0, width_ * sizeof(float));
     }
-    prefetch_values(begin_);
-    for (int m = 0; m < tile_.rows; ++m) softmax(m, base, first, last, out + m * ld_);
-    mix_values(out);
+    Tiles next = tiles_of(keys_, first);
+    for (int at = first; at < end_; at += kGroup) {
+      const Tiles here = next;
+      next = at + kGroup < end_ ? tiles_of(keys_, at + kGroup) : tiles_of(values_, first);
+      score_keys(at, std::min(last - at, kGroup), here, next);
+    }
+    for (int m = 0; m < tile_.rows; ++m) softmax(m, first, last, out + m * ld_);
+    for (int at = first; at < end_; at += kGroup) {
+      const Tiles here = next;
+      next = at + kGroup < end_ ? tiles_of(values_, at + kGroup)
+             : more             ? tiles_of(keys_, kSplit)
+                                : Tiles{};
+      mix_values(at, here, next, out);
+    }
   }
 
   void all_splits() {
-    float* total = total_;
-    clear(total);
+    clear(total_);
     for (int64_t i = tile_.low / kSplit; i * kSplit < tile_.high; ++i) {
-      split(i, partial_);
-      fold(total, partial_);
+      split(i, partial_, true);
+      fold(total_, partial_);
     }
-    finish(total);
+    finish(total_);
   }
 
   void fold_partials(const float* partials) {
@@ -110,33 +222,36 @@ class Worker {
   int64_t position(int64_t row) const { return first_position_ + (tile_.first_row + row) / group_; }
   int64_t head(int64_t row) const { return tile_.head * group_ + (tile_.first_row + row) % group_; }
   int64_t token(int64_t row) const { return first_token_ + (tile_.first_row + row) / group_; }
+  int64_t chunk_bytes(int64_t dim) const {
+    return args_.block_size * (dim * format_.bytes + (format_.codes ? 4 : 0));
+  }
 
   void carve() {
+    constexpr int value_steps = kGroup / Unit::per_step;
     const size_t rows = tile_.rows;
-    const size_t floats = rows * steps_ + round_up(steps_, W) * kKeys + rows * kSplit +
-                          2 * rows * ld_ + size_t(kValues) * width_;
+    const size_t floats = rows * (kSplit + steps_ + 2 * ld_) + steps_ * kGroup +
+                          value_steps * width_ + 8 * W;
     static thread_local std::vector<float> buffer;
-    if (buffer.size() < floats + W) buffer.resize(floats + W);
+    if (buffer.size() < floats) buffer.resize(floats);
     auto address = reinterpret_cast<uintptr_t>(buffer.data());
-    float* next = buffer.data() + (round_up(address, W * 4) - address) / 4;
+    float* next = buffer.data() + (round_up(address, 64) - address) / 4;
     auto take = [&next](size_t count) { return std::exchange(next, next + round_up(count, W)); };
     scores_ = take(rows * kSplit);
     partial_ = take(rows * ld_);
     total_ = take(rows * ld_);
-    packed_ = take(round_up(steps_, W) * kKeys);
-    packed_values_ = take(size_t(kValues) * width_);
-    queries_ = reinterpret_cast<typename B::A*>(next);
+    expanded_keys_ = take(steps_ * kGroup);
+    expanded_values_ = take(value_steps * width_);
+    queries_ = reinterpret_cast<typename Unit::A*>(next);
   }
 
   void pack_queries() {
     const T* q = static_cast<const T*>(args_.q.data);
     for (int64_t m = 0; m < tile_.rows; ++m) {
       const T* from = q + head(m) * args_.q.head + token(m) * args_.q.token;
-      typename B::A* to = queries_ + m * steps_;
-      if constexpr (B::per_step == 2) to[steps_ - 1] = 0;
+      typename Unit::A* to = queries_ + m * steps_;
       for (int64_t d = 0; d < args_.dk; ++d) {
         const T value = from[d * args_.q.dim];
-        if constexpr (B::per_step == 2)
+        if constexpr (Unit::per_step == 2)
           std::memcpy(reinterpret_cast<char*>(to) + d * sizeof(T), &value, sizeof(T));
         else
           to[d] = to_float(value);
@@ -144,98 +259,162 @@ class Worker {
     }
   }
 
-  // Where each key and value of the split lies, and the keys that come next, to be prefetched.
-  // Positions that no row sees stand for a seen one: their blocks may be gone, and what they
-  // hold is masked.
-  void find_rows(int64_t base) {
-    const int32_t* table = args_.block_table + tile_.sequence * args_.table_stride;
-    const T* keys = static_cast<const T*>(args_.k_cache);
-    const T* values = static_cast<const T*>(args_.v_cache);
-    const int known = int(std::min<int64_t>(tile_.high - base, kSplit + kKeys));
-    int64_t block = (base + begin_) / args_.block_size;
-    int64_t offset = base + begin_ - block * args_.block_size;
-    for (int i = begin_; i < known; ++block, offset = 0) {
-      const int64_t row = (table[block] * args_.kv_heads + tile_.head) * args_.block_size + offset;
-      const int stop = int(std::min<int64_t>(known, i + args_.block_size - offset));
-      for (int64_t j = 0; i < stop; ++i, ++j) {
-        key_rows_[i] = keys + (row + j) * args_.dk;
-        value_rows_[i] = values + (row + j) * args_.dv;
+  // ---- where tokens lie; `at` counts from the split's first position
+
+  int inside(int at) const { return int((base_ + at) & (args_.block_size - 1)); }
+
+  // The chunk of a tile; null where no row sees any of its tokens: the block may be gone.
+  const char* chunk_of(const Chunks& cache, int at) const {
+    if (base_ + at >= tile_.high || base_ + at + kTile <= tile_.low) return nullptr;
+    const int64_t block = table_[(base_ + at) >> shift_];
+    return cache.base + (block * args_.kv_heads + tile_.head) * cache.chunk_bytes;
+  }
+
+  // What is unseen of a group that is seen is null.
+  Tiles tiles_of(const Chunks& cache, int at) const {
+    const bool keys = &cache == &keys_;
+    const int64_t bytes = cache.dim * format_.bytes;  // of a token
+    Tiles tiles{{}, base_ + at < tile_.high ? int(bytes * kTile / 64) : 0,
+                keys ? args_.block_size * 4 : 64};
+    for (int i = 0; i < kTiles; ++i)
+      if (const char* chunk = chunk_of(cache, at + i * kTile))
+        tiles.at[i] = chunk + inside(at + i * kTile) * (keys ? 4 : bytes);
+    return tiles;
+  }
+
+  // Where the scales of W tokens lie. Those of tokens that no row sees are masked with the score.
+  void find_scales(int first) {
+    static const float none[kTile] = {};
+    for (int at = first; at < end_; at += kTile) {
+      const char *k = chunk_of(keys_, at), *v = chunk_of(values_, at);
+      const int64_t key = args_.block_size * args_.dk, value = args_.block_size * args_.dv;
+      for (int w = 0; w < kTile; w += W) {
+        const int64_t place = (inside(at) + w) * 4;
+        key_scales_[(at + w) / W] = k ? reinterpret_cast<const float*>(k + key + place) : none;
+        value_scales_[(at + w) / W] = v ? reinterpret_cast<const float*>(v + value + place) : none;
       }
     }
-    for (int i = begin_ / kKeys * kKeys; i < begin_; ++i) key_rows_[i] = key_rows_[begin_];
-    for (int i = known; i < kSplit + kKeys; ++i) {
-      key_rows_[i] = key_rows_[known - 1];
-      value_rows_[i] = value_rows_[known - 1];
+  }
+
+  // ---- the two products
+
+  // Scores of `columns` keys.
+  void score_keys(int at, int columns, const Tiles& here, const Tiles& next) {
+    const char* lanes[kGroup / W];
+    const bool direct = format_.expand == nullptr;
+    const char* some = here.at[0];  // stands for what no row sees: those scores are masked
+    for (int i = 1; some == nullptr; ++i) some = here.at[i];
+    for (int i = 0; i < kTiles; ++i) {
+      const char* from = here.at[i] ? here.at[i] : some;
+      if (!direct && here.at[i] != nullptr)
+        format_.expand(from, args_.block_size, int(args_.dk), kTile, format_.codes,
+                       next.line_of(i), expanded_keys_ + i * kTile, kGroup);
+      if (!direct) from = reinterpret_cast<const char*>(expanded_keys_ + i * kTile);
+      for (int w = 0; w < kTile; w += W) lanes[(i * kTile + w) / W] = from + w * 4;
+    }
+    const int64_t stride = 4 * (direct ? args_.block_size : kGroup);
+    product_rows(queries_, steps_, KeyLanes<Unit>{lanes, stride, direct ? &next : nullptr}, steps_,
+                 columns, scores_ + at, kSplit, int(tile_.rows));
+  }
+
+  // Adds the weighted values of a group to `out`.
+  void mix_values(int at, const Tiles& here, const Tiles& next, float* out) {
+    constexpr int per = Unit::per_step;
+    const int begin = std::max(begin_ - at, 0), end = std::min(end_ - at, kGroup);
+    const char* tiles[kTiles];
+    for (int i = 0; i < kTiles; ++i)
+      tiles[i] = here.at[i] == nullptr
+                     ? nullptr
+                     : find_values(i, here.at[i], begin, end, next.line_of(i));
+    const int first = begin / per, last = (end + per - 1) / per;
+    const auto* weights = reinterpret_cast<const typename Unit::A*>(scores_) + at / per;
+    const bool direct = format_.expand == nullptr;
+    product_rows(weights + first, kSplit,
+                 ValueRows<Unit>{tiles, width_ * 4, first, direct ? &next : nullptr}, last - first,
+                 width_, out + kHeader, ld_, int(tile_.rows));
+  }
+
+  // Tile i of a group: where it is in the cache, or expanded, with tokens outside of [begin, end)
+  // zeroed: what they hold may be anything, and a weight of zero does not undo NaN.
+  const char* find_values(int i, const char* tile, int begin, int end, Lines ahead) {
+    constexpr int per = Unit::per_step;
+    const int at = i * kTile;
+    const bool whole = at >= begin && at + kTile <= end;
+    if (format_.expand == nullptr && whole && args_.dv == width_) return tile;
+    float* to = expanded_values_ + at / per * width_;
+    const Expand expand = format_.expand ? format_.expand : format_.copy;
+    expand(tile, args_.dv, kTile, int(args_.dv), format_.codes, ahead, to, width_);
+    for (int j = 0; j < kTile && !whole; ++j)
+      if (at + j < begin || at + j >= end) clear_step(to + j / per * width_, j % per);
+    return reinterpret_cast<const char*>(to);
+  }
+
+  void clear_step(float* row, int which) {
+    if (Unit::per_step == 1) {
+      std::memset(row, 0, width_ * sizeof(float));
+    } else {
+      const uint32_t keep = which == 0 ? 0xffff0000 : 0x0000ffff;
+      for (int d = 0; d < width_; d += W)
+        store(row + d, bit_cast<vf>(bit_cast<vu>(load(row + d)) & keep));
     }
   }
 
-  void prefetch_values(int first) {
-    const int last = std::min(end_, first + kValues), bytes = int(args_.dv * sizeof(T));
-    for (int i = first; i < last; ++i)
-      for (int at = 0; at < bytes; at += 64)
-        __builtin_prefetch(reinterpret_cast<const char*>(value_rows_[i]) + at);
-  }
+  // ---- softmax
 
-  // Scores of row m over [first, last) -> weights in place; maximum and sum into the header.
-  void softmax(int m, int64_t base, int first, int last, float* header) {
+  // Scores of row m over [first, last) -> weights in place (bf16 at the front of the row where the
+  // product takes pairs); maximum and sum into the header.
+  void softmax(int m, int first, int last, float* header) {
     float* scores = scores_ + m * kSplit;
     const int64_t at = position(m);
     int64_t from = 0;
     if (args_.window > 0) from = std::max(from, at - args_.window + 1);
     if (args_.chunk > 0) from = std::max(from, at / args_.chunk * args_.chunk);
-    const int low = int(std::min<int64_t>(std::max<int64_t>(from - base, 0), kSplit));
-    const int high = int(std::min<int64_t>(std::max<int64_t>(at + 1 - base, 0), kSplit));
+    const int low = int(std::min<int64_t>(std::max<int64_t>(from - base_, 0), kSplit));
+    const int high = int(std::min<int64_t>(std::max<int64_t>(at + 1 - base_, 0), kSplit));
+    const float top = adjust(scores, first, last, low, high, head(m), int(at - base_));
+    header[0] = top;
+    // A row that sees nothing here has weights of zero, not NaN.
+    header[1] = exponentials(scores, first, last, top == -kInfinity ? 0.0f : top);
+  }
+
+  // Scores as the rules want them; -infinity outside of [low, high). Returns the maximum.
+  float adjust(float* scores, int first, int last, int low, int high, int64_t head, int query) {
+    const vf hidden = broadcast(-kInfinity);
+    const bool plain = args_.softcap == 0 && args_.slopes == nullptr;
     const vi lanes = iota();
-    const float slope = args_.slopes ? args_.slopes[head(m)] : 0.0f;
+    const float slope = args_.slopes ? args_.slopes[head] : 0.0f;
     const float cap = args_.softcap, inverse_cap = cap > 0 ? args_.scale / cap : 0.0f;
-    vf best = broadcast(-kInfinity);
+    vf best = hidden;
     for (int i = first; i < last; i += W) {
-      const vi key = lanes + i;
       vf x = load(scores + i);
-      x = cap > 0 ? cap * vtanh(x * inverse_cap) : x * args_.scale;
-      if (args_.slopes) x += slope * __builtin_convertvector(key - int(at - base), vf);
-      x = (key >= low) & (key < high) ? x : broadcast(-kInfinity);
+      if (format_.codes) x *= load(key_scales_[i / W]);
+      const vi key = lanes + i;
+      if (plain) {
+        x *= args_.scale;
+      } else {
+        x = cap > 0 ? cap * vtanh(x * inverse_cap) : x * args_.scale;
+        if (args_.slopes) x += slope * __builtin_convertvector(key - query, vf);
+      }
+      if (i < low || i + W > high) x = (key >= low) & (key < high) ? x : hidden;
       store(scores + i, x);
       best = vmax(x, best);
     }
-    const float top = lanes_max(best);
-    header[0] = top;
-    // A row that sees nothing here has weights of zero, not NaN.
-    const float shift = top == -kInfinity ? 0.0f : top;
+    return lanes_max(best);
+  }
+
+  float exponentials(float* scores, int first, int last, float shift) {
     vf sum{};
     for (int i = first; i < last; i += W) {
-      const vf weight = vexp(load(scores + i) - shift);
-      store(scores + i, weight);
+      const vf x = load(scores + i);
+      vf weight = Unit::exponential(x - shift);
       sum += weight;
-    }
-    header[1] = lanes_sum(sum);
-  }
-
-  void mix_values(float* out) {
-    for (int m = 0; m < tile_.rows; ++m)
-      std::memset(out + m * ld_ + kHeader, 0, width_ * sizeof(float));
-    // Steps start at fixed positions, so that the order of sums does not depend on the tile.
-    for (int i = begin_; i < end_; i += kValues) {
-      const int count = std::min(kValues, end_ - i);
-      if (packs_values_) {
-        prefetch_values(i + kValues);
-        const float* lines[kValues];
-        for (int j = 0; j < count; ++j) lines[j] = pack_value(value_rows_[i + j], j);
-        product_rows(scores_ + i, kSplit, Rows<float>{lines, 0}, count, width_, out + kHeader, ld_,
-                     int(tile_.rows));
-      } else {
-        product_rows(scores_ + i, kSplit, Rows<T>{value_rows_ + i, kValues}, count, width_,
-                     out + kHeader, ld_, int(tile_.rows));
+      if (format_.codes) {  // the scale of an unseen token may be anything
+        const vf scaled = weight * load(value_scales_[i / W]);
+        weight = x == -kInfinity ? vf{} : scaled;
       }
+      Unit::store_weights(scores, i, weight);
     }
-  }
-
-  const float* pack_value(const T* from, int j) {
-    float* line = packed_values_ + int64_t(j) * width_;
-    int d = 0;
-    for (; d + W <= args_.dv; d += W) store(line + d, load(from + d));
-    if (d < args_.dv) store(line + d, load_part(from + d, int(args_.dv) - d));
-    return line;
+    return lanes_sum(sum);
   }
 
   void clear(float* rows) {
@@ -277,16 +456,18 @@ class Worker {
 
   const Attention& args_;
   const Tile& tile_;
+  const Format& format_;
   const int64_t group_;
+  const int shift_;  // of a block's size
+  const int32_t* table_;    // blocks of the sequence
   const int steps_, width_, ld_;
-  const bool packs_values_;
+  const Chunks keys_, values_;
   int64_t first_token_, first_position_;
+  int64_t base_ = 0;         // first position of the current split
   int begin_ = 0, end_ = 0;  // keys of the current split that some row sees
-  float *scores_, *partial_, *total_, *packed_values_;
-  void* packed_;
-  typename B::A* queries_;
-  const T* key_rows_[kSplit + kKeys];
-  const T* value_rows_[kSplit + kKeys];
+  float *scores_, *partial_, *total_, *expanded_keys_, *expanded_values_;
+  typename Unit::A* queries_;
+  const float *key_scales_[kSplit / W], *value_scales_[kSplit / W];
 };
 
 // ---- planning ---------------------------------------------------------------------------------
@@ -334,31 +515,31 @@ Plan make_plan(const Attention& args) {
   }
   auto cost = [&plan](const Item& item) {
     const Tile& tile = plan.tiles[item.tile];
-    return item.split < 0 ? tile.cost() : tile.rows;
+    return item.split < 0 ? tile.cost() : tile.cost() / tile.splits();
   };
   std::stable_sort(plan.items.begin(), plan.items.end(),
                    [&](const Item& a, const Item& b) { return cost(a) > cost(b); });
   return plan;
 }
 
-template <class T, class B>
-void run(const Attention& args) {
+template <class T, class Unit>
+void run(const Attention& args, const Format& format) {
   const Plan plan = make_plan(args);
   const int64_t ld = kHeader + round_up(args.dv, W);
   const std::unique_ptr<float[]> partials(new float[plan.partial_rows * ld]);
   for_each_item(int64_t(plan.items.size()), [&](int64_t i) {
     const Item& item = plan.items[i];
     const Tile& tile = plan.tiles[item.tile];
-    Worker<T, B> worker(args, tile);
+    Worker<T, Unit> worker(args, tile, format);
     if (item.split < 0)
       worker.all_splits();
     else
       worker.split(tile.low / kSplit + item.split,
-                   partials.get() + (tile.partials + item.split * tile.rows) * ld);
+                   partials.get() + (tile.partials + item.split * tile.rows) * ld, false);
   });
   auto fold = [&](int64_t i) {
     const Tile& tile = plan.tiles[plan.parted[i]];
-    Worker<T, B>(args, tile).fold_partials(partials.get() + tile.partials * ld);
+    Worker<T, Unit>(args, tile, format).fold_partials(partials.get() + tile.partials * ld);
   };
   const int64_t count = int64_t(plan.parted.size());
   if (plan.partial_rows * ld < kSerialFloats)
@@ -367,20 +548,25 @@ void run(const Attention& args) {
     for_each_item(count, fold);
 }
 
-template <class T>
-void write_heads(const Attention& args, const Strided& from, void* cache, int64_t width,
-                 int64_t token) {
-  const int64_t slot = args.slots[token];
-  const int64_t block = slot / args.block_size, offset = slot % args.block_size;
+// ---- writing ----------------------------------------------------------------------------------
+
+template <class T, bool keys>
+void write_heads(const Attention& args, int64_t token) {
+  const Strided& from = keys ? args.k : args.v;
+  const int64_t dim = keys ? args.dk : args.dv, size = args.block_size;
+  const int64_t block = args.slots[token] / size, offset = args.slots[token] % size;
+  const bool coded = args.store != Store::same;
+  const int64_t bytes = size * (coded ? dim + 4 : dim * int64_t(sizeof(T)));
   for (int64_t head = 0; head < args.kv_heads; ++head) {
-    const T* source =
-        static_cast<const T*>(from.data) + head * from.head + token * from.token;
-    T* target = static_cast<T*>(cache) +
-                ((block * args.kv_heads + head) * args.block_size + offset) * width;
-    if (from.dim == 1)
-      std::memcpy(target, source, width * sizeof(T));
+    const T* x = static_cast<const T*>(from.data) + head * from.head + token * from.token;
+    char* chunk = static_cast<char*>(keys ? args.k_cache : args.v_cache) +
+                  (block * args.kv_heads + head) * bytes;
+    const float* fixed = keys ? args.k_scale : args.v_scale;
+    if (coded)
+      write_codes<T, keys>(x, from.dim, dim, offset, size, args.store, fixed ? fixed[head] : 0.0f,
+                           chunk);
     else
-      for (int64_t d = 0; d < width; ++d) target[d] = source[d * from.dim];
+      write_values<T, keys>(x, from.dim, dim, offset, size, chunk);
   }
 }
 
@@ -390,36 +576,73 @@ void write_tokens(const Attention& args) {
   for_each_item((args.tokens + batch - 1) / batch, [&](int64_t i) {
     for (int64_t t = i * batch; t < std::min(args.tokens, (i + 1) * batch); ++t) {
       if (args.slots[t] < 0) continue;
-      write_heads<T>(args, args.k, args.k_cache, args.dk, t);
-      write_heads<T>(args, args.v, args.v_cache, args.dv, t);
+      write_heads<T, true>(args, t);
+      write_heads<T, false>(args, t);
     }
   });
 }
+
+Format format_of(const Attention& args) {
+  if (args.store != Store::same)
+    return {floats_of_codes, nullptr, &codes_of(args.store), 1};
+  switch (args.dtype) {
+    case Dtype::f32:
+      return {nullptr, copy_units<1>, nullptr, 4};
+    case Dtype::bf16:
+      return {floats_of_halves<Bf16>, nullptr, nullptr, 2};
+    default:
+      return {floats_of_halves<F16>, nullptr, nullptr, 2};
+  }
+}
+
+#if defined(FXLM_PAIRS)
+Format pair_format_of(const Attention& args) {
+  switch (args.store) {
+    case Store::int8:
+      return {pairs_of_codes<true>, nullptr, &codes_of(args.store), 1};
+    case Store::fp8:
+      return {pairs_of_codes<false>, nullptr, &codes_of(args.store), 1};
+    default:
+      return {nullptr, copy_units<2>, nullptr, 2};
+  }
+}
+#endif
 
 }  // namespace
 
 void write_cache(const Attention& args) {
   if (args.k.data == nullptr) return;
-  if (args.dtype == Dtype::f32)
-    write_tokens<float>(args);
-  else
-    write_tokens<Bf16>(args);  // 16 bits are 16 bits
+  switch (args.dtype) {
+    case Dtype::f32:
+      return write_tokens<float>(args);
+    case Dtype::bf16:
+      return write_tokens<Bf16>(args);
+    case Dtype::f16:
+      return write_tokens<F16>(args);
+  }
 }
 
 void paged_attention(const Attention& args) {
-#if defined(__AVX512BF16__)
-  using PackedBf16 = Pairs;
-#else
-  using PackedBf16 = Floats;
-#endif
   switch (args.dtype) {
     case Dtype::f32:
-      return run<float, Floats>(args);
+      return run<float, FloatUnit>(args, format_of(args));
     case Dtype::bf16:
-      return run<Bf16, PackedBf16>(args);
+#if defined(FXLM_PAIRS)
+      return run<Bf16, PairUnit>(args, pair_format_of(args));
+#else
+      return run<Bf16, FloatUnit>(args, format_of(args));
+#endif
     case Dtype::f16:
-      return run<F16, Floats>(args);
+      return run<F16, FloatUnit>(args, format_of(args));
   }
+}
+
+bool covers(const Attention& args) {
+  const int64_t size = args.block_size, most = 2048;
+  const bool blocks = size % kTile == 0 && (size & (size - 1)) == 0;
+  const int64_t per_unit = args.store != Store::same ? 4 : args.dtype == Dtype::f32 ? 1 : 2;
+  const bool values = args.store == Store::same || args.dv % 4 == 0;
+  return blocks && values && args.dk % per_unit == 0 && args.dk <= most && args.dv <= most;
 }
 
 }  // namespace fxlm

@@ -107,41 +107,85 @@ Tensor paged_attention_reference(const Tensor& q, const MaybeTensor& k, const Ma
                                  const Tensor& slot_mapping, const Tensor& query_start,
                                  const Tensor& seq_lens, const Tensor& block_table, double scale,
                                  int64_t window, int64_t chunk, double softcap,
-                                 const MaybeTensor& sinks, const MaybeTensor& slopes) {
-  std::array<StableIValue, 15> stack{
+                                 const MaybeTensor& sinks, const MaybeTensor& slopes,
+                                 const MaybeTensor& k_scale, const MaybeTensor& v_scale) {
+  std::array<StableIValue, 17> stack{
       from(q),           from(k),        from(v),           from(k_cache), from(v_cache),
       from(slot_mapping), from(query_start), from(seq_lens), from(block_table), from(scale),
-      from(window),      from(chunk),    from(softcap),     from(sinks),   from(slopes)};
+      from(window),      from(chunk),    from(softcap),     from(sinks),   from(slopes),
+      from(k_scale),     from(v_scale)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("fxlm::paged_attention_reference", "", stack.data(),
                                                TORCH_ABI_VERSION));
   return to<Tensor>(stack[0]);
 }
 
-Tensor paged_attention_cpu(Tensor q, MaybeTensor k, MaybeTensor v, Tensor k_cache, Tensor v_cache,
-                           Tensor slot_mapping, Tensor query_start, Tensor seq_lens,
-                           Tensor block_table, double scale, int64_t window, int64_t chunk,
-                           double softcap, MaybeTensor sinks, MaybeTensor slopes) {
-  const auto dtype = dtype_of(q);
-  const auto same = [&](const Tensor& t) { return t.scalar_type() == q.scalar_type(); };
-  if (!dtype || !same(k_cache) || !same(v_cache) || (k && !same(*k)) || (v && !same(*v)))
-    return paged_attention_reference(q, k, v, k_cache, v_cache, slot_mapping, query_start,
-                                     seq_lens, block_table, scale, window, chunk, softcap, sinks,
-                                     slopes);
-  FXLM_CHECK(q.dim() == 4 && k_cache.dim() == 4 && v_cache.dim() == 4 && block_table.dim() == 2,
-             "q and caches have 4 dimensions, block_table 2");
+// What a cache of this type holds, beside q of type `dtype`; nothing where no kernel reads it.
+std::optional<Store> store_of(const Tensor& cache, const Tensor& q) {
+  switch (cache.scalar_type()) {
+    case ScalarType::Char:
+      return Store::int8;
+    case ScalarType::Float8_e4m3fn:
+      return Store::fp8;
+    default:
+      if (cache.scalar_type() == q.scalar_type()) return Store::same;
+      return std::nullopt;
+  }
+}
+
+// One scale for all heads, or one a head.
+std::vector<float> scales_of(const MaybeTensor& tensor, int64_t heads, const char* name) {
+  if (!tensor) return {};
+  FXLM_CHECK(tensor->scalar_type() == ScalarType::Float && tensor->is_contiguous() &&
+                 (tensor->numel() == 1 || tensor->numel() == heads),
+             name, " is not one float32, or one a KV head");
+  const float* values = static_cast<const float*>(tensor->data_ptr());
+  std::vector<float> out(heads);
+  for (int64_t i = 0; i < heads; ++i) out[i] = values[tensor->numel() == 1 ? 0 : i];
+  return out;
+}
+
+// All arguments but pointers that need a check of their own.
+Attention attention_of(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, Dtype dtype,
+                       Store store) {
+  FXLM_CHECK(q.dim() == 4 && k_cache.dim() == 4 && v_cache.dim() == 4,
+             "q and caches have 4 dimensions");
+  const int64_t scale_bytes = store == Store::same ? 0 : 4;
   Attention args{};
-  args.dtype = *dtype;
+  args.dtype = dtype;
+  args.store = store;
   args.tokens = q.size(2);
   args.heads = q.size(1);
   args.kv_heads = k_cache.size(1);
   args.block_size = k_cache.size(2);
-  args.dk = k_cache.size(3);
-  args.dv = v_cache.size(3);
-  check_shapes(q, k, v, k_cache, v_cache, args);
+  args.dk = k_cache.size(3) - scale_bytes;
+  args.dv = v_cache.size(3) - scale_bytes;
   args.q = strided(q);
-  if (k) args.k = strided(*k), args.v = strided(*v);
   args.k_cache = k_cache.data_ptr();
   args.v_cache = v_cache.data_ptr();
+  return args;
+}
+
+Tensor paged_attention_cpu(Tensor q, MaybeTensor k, MaybeTensor v, Tensor k_cache, Tensor v_cache,
+                           Tensor slot_mapping, Tensor query_start, Tensor seq_lens,
+                           Tensor block_table, double scale, int64_t window, int64_t chunk,
+                           double softcap, MaybeTensor sinks, MaybeTensor slopes,
+                           MaybeTensor k_scale, MaybeTensor v_scale) {
+  const auto dtype = dtype_of(q);
+  const auto store = store_of(k_cache, q);
+  const auto same = [](const Tensor& a, const Tensor& b) {
+    return a.scalar_type() == b.scalar_type();
+  };
+  const auto reference = [&] {
+    return paged_attention_reference(q, k, v, k_cache, v_cache, slot_mapping, query_start,
+                                     seq_lens, block_table, scale, window, chunk, softcap, sinks,
+                                     slopes, k_scale, v_scale);
+  };
+  if (!dtype || !store || !same(k_cache, v_cache) || (k && !same(*k, q)) || (v && !same(*v, q)))
+    return reference();
+  Attention args = attention_of(q, k_cache, v_cache, *dtype, *store);
+  if (!covers(args)) return reference();
+  check_shapes(q, k, v, k_cache, v_cache, args);
+  if (k) args.k = strided(*k), args.v = strided(*v);
   args.slots = data_of<int64_t>(slot_mapping, ScalarType::Long, "slot_mapping");
   args.query_start = data_of<int32_t>(query_start, ScalarType::Int, "query_start");
   args.seq_lens = data_of<int32_t>(seq_lens, ScalarType::Int, "seq_lens");
@@ -152,7 +196,8 @@ Tensor paged_attention_cpu(Tensor q, MaybeTensor k, MaybeTensor v, Tensor k_cach
   args.softcap = float(softcap);
   args.window = window;
   args.chunk = chunk;
-  FXLM_CHECK(query_start.size(0) == args.sequences + 1 && block_table.size(0) == args.sequences,
+  FXLM_CHECK(block_table.dim() == 2 && query_start.size(0) == args.sequences + 1 &&
+                 block_table.size(0) == args.sequences,
              "query_start, seq_lens and block_table differ in sequences");
   check_sequences(args, k_cache.size(0), block_table.size(1));
   if (k) {
@@ -161,8 +206,12 @@ Tensor paged_attention_cpu(Tensor q, MaybeTensor k, MaybeTensor v, Tensor k_cach
   }
   const auto sink_values = floats_of(sinks, args.heads, "sinks");
   const auto slope_values = floats_of(slopes, args.heads, "slopes");
+  const auto k_scales = scales_of(k_scale, args.kv_heads, "k_scale");
+  const auto v_scales = scales_of(v_scale, args.kv_heads, "v_scale");
   if (sinks) args.sinks = sink_values.data();
   if (slopes) args.slopes = slope_values.data();
+  if (k_scale) args.k_scale = k_scales.data();
+  if (v_scale) args.v_scale = v_scales.data();
   int32_t type = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(q.get(), &type));
   Tensor out = empty_cpu({1, args.tokens, args.heads, args.dv}, type);

@@ -148,6 +148,9 @@ inline vf vmax(vf a, vf b) {
 }
 
 inline float lanes_max(vf v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)v);
+#endif
   float best = v[0];
   for (int i = 1; i < W; ++i) best = v[i] > best ? v[i] : best;
   return best;
@@ -155,6 +158,9 @@ inline float lanes_max(vf v) {
 
 // Pairwise, in a fixed order.
 inline float lanes_sum(vf v) {
+#if defined(__AVX512F__)  // the same order
+  return _mm512_reduce_add_ps((__m512)v);
+#endif
   float part[W];
   store(part, v);
   for (int half = W / 2; half > 0; half /= 2)
@@ -164,7 +170,7 @@ inline float lanes_sum(vf v) {
 
 // exp(x) for x <= 88, within 2 ulp; 0 below -87.3 (where the result would be subnormal).
 // Cody and Waite reduction by ln 2, then the degree 6 polynomial of Cephes' expf.
-inline vf vexp(vf x) {
+inline __attribute__((always_inline)) vf vexp(vf x) {
   const vf clamped = vmax(x, broadcast(-87.3365f));
   const vf magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const vf shifted = clamped * 1.44269504088896341f + magic;

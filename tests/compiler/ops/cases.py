@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxlm.compiler.ops import kv_cache
+
 
 @dataclass(kw_only=True)
 class Rules:
@@ -51,6 +53,21 @@ class Step:
         return tuple(x.clone() for x in self.args())
 
 
+def empty_cache(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Tensor:
+    """[blocks,H,block_size,D]: NaN everywhere, in scales too where there are any."""
+    *front, width = shape
+    size = (*front, width + kv_cache.scale_columns(dtype))
+    if not kv_cache.is_coded(dtype):
+        return torch.full(size, float("nan"), dtype=dtype)
+    return torch.full(size, 255, dtype=torch.uint8).view(dtype)
+
+
+def read_cache(cache: Tensor, *, keys: bool) -> Tensor:
+    """A cache as floats in the order of tokens: [H, blocks * block_size, D]."""
+    every = torch.arange(cache.shape[0])
+    return kv_cache.gather(cache, every, cache.shape[0] * cache.shape[2], keys=keys)
+
+
 def make_step(
     queries: list[int],
     contexts: list[int],
@@ -61,6 +78,7 @@ def make_step(
     dv: int | None = None,
     block_size: int = 16,
     dtype: torch.dtype = torch.float32,
+    cache_dtype: torch.dtype | None = None,
     seed: int = 0,
 ) -> Step:
     """Caches hold NaN wherever no token was written; q, k and v are transposed views."""
@@ -76,10 +94,8 @@ def make_step(
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(dtype)
 
-    caches = (
-        torch.full((blocks, kv_heads, block_size, dk), float("nan"), dtype=dtype),
-        torch.full((blocks, kv_heads, block_size, dv), float("nan"), dtype=dtype),
-    )
+    kind = cache_dtype or dtype
+    caches = tuple(empty_cache((blocks, kv_heads, block_size, d), kind) for d in (dk, dv))
     full, slots = [], []
     new: tuple[list[Tensor], list[Tensor]] = ([], [])
     for row, (length, context) in enumerate(zip(lengths, contexts, strict=True)):
@@ -87,10 +103,11 @@ def make_step(
         full.append(sequence)
         place = table[row, torch.arange(length) // block_size].long()
         offset = torch.arange(length) % block_size
-        for cache, values, fresh in zip(caches, sequence, new, strict=True):
-            cache[place[:context], :, offset[:context]] = values[:, :context].transpose(0, 1)
+        places = place * block_size + offset
+        for cache, values, fresh, keys in zip(caches, sequence, new, (True, False), strict=True):
+            kv_cache.write(cache, values[:, :context], places[:context], keys=keys, scale=None)
             fresh.append(values[:, context:].transpose(0, 1))
-        slots.append((place * block_size + offset)[context:])
+        slots.append(places[context:])
     starts = torch.tensor([0, *queries]).cumsum(0)
     return Step(
         queries=queries,

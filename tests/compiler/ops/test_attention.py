@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fxlm.compiler.ops import reference
+from fxlm.compiler.ops import kv_cache, reference
 from tests.compiler.ops import cases
 from tests.compiler.ops.cases import Rules, Step, make_step
 
@@ -24,6 +24,8 @@ FEATURES = {
         slopes=torch.tensor([0.5, 0.25, 0.125, 0.0625]),
     ),
 }
+KEYS = (True, False)  # of the caches, in the order of the arguments
+CODED = (torch.int8, torch.float8_e4m3fn)
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
@@ -74,8 +76,69 @@ def test_kernel_equals_reference(dtype: torch.dtype, width: int) -> None:
     torch.testing.assert_close(got, want, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("cache_dtype", CODED)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("width", [64, 80, 96, 128, 256, 20])
+def test_kernel_equals_reference_over_codes(
+    cache_dtype: torch.dtype, dtype: torch.dtype, width: int
+) -> None:
+    """The reference reads the same codes, so that what is left is the arithmetic."""
+    rules = Rules(scale=width**-0.5, window=400, sinks=torch.linspace(-1, 1, 6))
+    step = make_step(
+        [1, 37, 1, 70], [300, 0, 515, 13], heads=6, dk=width, dtype=dtype, cache_dtype=cache_dtype
+    )
+    args, twins = step.cloned(), step.cloned()
+    want = torch.ops.fxlm.paged_attention_reference(*twins, *rules.args())
+    got = kernel(args, rules)
+    torch.testing.assert_close(got, want, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    for mine, theirs in zip(args[3:5], twins[3:5], strict=True):
+        assert torch.equal(mine.view(torch.uint8), theirs.view(torch.uint8))
+
+
+@pytest.mark.parametrize("cache_dtype", CODED)
+@pytest.mark.parametrize("which", ["paged_attention", "paged_attention_reference"])
+def test_codes_of_kernel_and_reference_are_near_the_naive_loop(
+    which: str, cache_dtype: torch.dtype
+) -> None:
+    step = make_step([5, 1, 12], [0, 60, 9], cache_dtype=cache_dtype)
+    want = cases.naive_step(step, Rules())
+    got = getattr(torch.ops.fxlm, which)(*step.cloned(), *Rules().args())
+    error = float((got.double() - want).norm() / want.norm())
+    # int8 rounds to 1/254 of the largest of 16, fp8 to 1/16 of each: uniform errors, so / sqrt 3
+    assert 1e-4 < error < {torch.int8: 0.012, torch.float8_e4m3fn: 0.06}[cache_dtype]
+
+
+@pytest.mark.parametrize("cache_dtype", CODED)
+@pytest.mark.parametrize("which", ["paged_attention", "paged_attention_reference"])
+def test_a_scale_of_the_checkpoint_is_what_codes_are_stored_with(
+    which: str, cache_dtype: torch.dtype
+) -> None:
+    step = make_step([6], [0], cache_dtype=cache_dtype)
+    args = step.cloned()
+    scales = (torch.tensor([0.125]), torch.tensor([0.25, 0.5]))
+    getattr(torch.ops.fxlm, which)(*args, *Rules().args(), *scales)
+    largest = kv_cache.LARGEST[cache_dtype]
+    pairs = zip(args[3:5], (step.k, step.v), scales, KEYS, strict=True)
+    for cache, new, scale, keys in pairs:
+        stored = cases.read_cache(cache, keys=keys)[:, step.slot_mapping]
+        factor = scale.expand(2)[:, None, None]
+        codes = (new[0] / factor).clamp(-largest, largest)
+        codes = codes.round() if cache_dtype == torch.int8 else codes.to(cache_dtype).float()
+        assert torch.equal(stored, codes * factor)
+
+
+@pytest.mark.parametrize("which", ["paged_attention", "paged_attention_reference"])
+def test_a_token_that_is_not_finite_is_not_lost_in_codes(which: str) -> None:
+    step = make_step([3], [0], cache_dtype=torch.int8)
+    args = step.cloned()
+    args[2][0, 0, 1, 3] = float("inf")
+    got = getattr(torch.ops.fxlm, which)(*args, *Rules().args())[0]
+    assert got[1:, :2].isnan().all()  # the heads over KV head 0, from that token on
+    assert got[:, 2:].isfinite().all()
+
+
 @pytest.mark.parametrize("heads_and_kv", [(1, 1), (8, 8), (8, 1), (71, 1), (130, 1), (14, 2)])
-@pytest.mark.parametrize("block_size", [1, 8, 16, 24, 128])
+@pytest.mark.parametrize("block_size", [1, 24, 16, 32, 64, 128])
 def test_kernel_with_groups_and_block_sizes(heads_and_kv: tuple[int, int], block_size: int) -> None:
     heads, kv_heads = heads_and_kv
     shape = {"heads": heads, "kv_heads": kv_heads, "dk": 24, "dv": 40, "block_size": block_size}
@@ -92,27 +155,23 @@ def test_long_context_over_several_splits(rules: Rules) -> None:
     torch.testing.assert_close(kernel(step.cloned(), rules), want, atol=2e-5, rtol=2e-5)
 
 
-def test_cache_is_written_where_the_slots_say() -> None:
-    for which in ("paged_attention", "paged_attention_reference"):
-        step = make_step([6, 3], [4, 0], block_size=4)
-        args = step.cloned()
-        args[5][2] = -1
-        before = args[3].clone()
-        getattr(torch.ops.fxlm, which)(*args, *Rules().args())
-        for index, slot in enumerate(step.slot_mapping.tolist()):
-            stored = args[3][slot // 4, :, slot % 4], args[4][slot // 4, :, slot % 4]
-            if index == 2:
-                assert stored[0].isnan().all()
-                assert stored[1].isnan().all()
-            else:
-                assert torch.equal(stored[0], step.k[0, :, index])
-                assert torch.equal(stored[1], step.v[0, :, index])
-        untouched = torch.ones(before.shape[0] * 4, dtype=torch.bool)
-        untouched[step.slot_mapping] = False
-        rows = untouched.view(-1, 4)
-        assert torch.equal(
-            before.transpose(1, 2)[rows].nan_to_num(9), args[3].transpose(1, 2)[rows].nan_to_num(9)
-        )
+@pytest.mark.parametrize("which", ["paged_attention", "paged_attention_reference"])
+def test_cache_is_written_where_the_slots_say(which: str) -> None:
+    step = make_step([6, 3], [4, 0])
+    args = step.cloned()
+    args[5][2] = -1
+    before = [cases.read_cache(x, keys=keys) for x, keys in zip(args[3:5], KEYS, strict=True)]
+    getattr(torch.ops.fxlm, which)(*args, *Rules().args())
+    after = [cases.read_cache(x, keys=keys) for x, keys in zip(args[3:5], KEYS, strict=True)]
+    slots = step.slot_mapping.tolist()
+    for found, new in zip(after, (step.k, step.v), strict=True):
+        for index, slot in enumerate(slots):
+            stored = found[:, slot]
+            assert stored.isnan().all() if index == 2 else torch.equal(stored, new[0, :, index])
+    others = torch.ones(before[0].shape[1], dtype=torch.bool)
+    others[slots] = False
+    for old, found in zip(before, after, strict=True):
+        assert torch.equal(old[:, others].nan_to_num(9), found[:, others].nan_to_num(9))
 
 
 def test_read_only_layer_sees_the_cache_of_another() -> None:
@@ -154,7 +213,14 @@ def test_float64_goes_to_the_reference() -> None:
     got = kernel(args, Rules())
     assert got.dtype == torch.float64
     torch.testing.assert_close(got, cases.naive_step(step, Rules()), atol=1e-12, rtol=1e-12)
-    assert not args[3][step.slot_mapping[0] // 16, 0, step.slot_mapping[0] % 16].isnan().any()
+    stored = cases.read_cache(args[3], keys=True)[:, step.slot_mapping]
+    assert torch.equal(stored, args[1][0])
+
+
+def join(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """The blocks of two caches, of whatever type."""
+    blocks = [x.view(torch.uint8) for x in (first, second)]
+    return torch.cat(blocks).view(first.dtype)
 
 
 def with_company(
@@ -168,8 +234,7 @@ def with_company(
     new = zip(args[:3], (other.q, other.k, other.v), strict=True)
     return (
         *(torch.cat([ours[:, :, begin:end], theirs], 2) for ours, theirs in new),
-        torch.cat([args[3], other.k_cache]),
-        torch.cat([args[4], other.v_cache]),
+        *(join(a, b) for a, b in zip(args[3:5], (other.k_cache, other.v_cache), strict=True)),
         torch.cat([args[5][begin:end], other.slot_mapping + blocks * args[3].shape[2]]),
         torch.tensor([0, end - begin, end - begin + 1], dtype=torch.int32),
         torch.tensor([end, int(other.seq_lens[0])], dtype=torch.int32),
@@ -177,15 +242,19 @@ def with_company(
     )
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+STORED = [(d, d) for d in TOLERANCE] + [(d, c) for c in CODED for d in list(TOLERANCE)[:2]]
+
+
+@pytest.mark.parametrize(("dtype", "cache_dtype"), STORED)
 @pytest.mark.parametrize("window", [0, 100, 700])
 @pytest.mark.parametrize("heads_and_kv", [(4, 2), (3, 3)])
 def test_chunks_and_company_change_no_bit(
-    dtype: torch.dtype, window: int, heads_and_kv: tuple[int, int]
+    dtype: torch.dtype, cache_dtype: torch.dtype, window: int, heads_and_kv: tuple[int, int]
 ) -> None:
     """A prompt of 600 whole, and the same in chunks beside another sequence."""
     heads, kv_heads = heads_and_kv
     shape = {"heads": heads, "kv_heads": kv_heads, "dk": 20, "dtype": dtype}
+    shape["cache_dtype"] = cache_dtype
     rules = Rules(window=window, sinks=torch.linspace(-1, 1, heads))
     step = make_step([600], [0], **shape)
     want = kernel(step.cloned(), rules)

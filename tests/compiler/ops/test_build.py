@@ -27,7 +27,8 @@ def test_the_best_isa_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
         (avx512, "avx512"),
         (avx512 | {"avx512_vnni"}, "avx512vnni"),
         (avx512 | {"avx512_bf16"}, "avx512"),
-        (avx512 | {"avx512_vnni", "avx512_bf16"}, "avx512bf16"),
+        (avx512 | {"avx512_vnni", "avx512_bf16"}, "avx512vnni"),  # Cooper Lake
+        (avx512 | {"avx512_vnni", "avx512_bf16", "avx512vbmi"}, "avx512bf16"),
         (avx2 | {"avx_vnni"}, "avxvnni"),
         (avx2 | {"avx512f"}, "avx2"),
     ):
