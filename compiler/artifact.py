@@ -13,6 +13,7 @@ and renamed, and digests are checked when it is opened. Not here: what goes into
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -150,6 +151,20 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file, as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process makes ``path``, the others wait; in a read-only folder nothing is locked."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = (path.parent / f".{path.name}.lock").open("w")
+    except OSError:
+        yield
+        return
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -96,6 +96,31 @@ class _Step:
     release: tuple[int, ...]
 
 
+class _Table(dict[int, Any]):
+    """Values by place; an input is asked for when it is first needed."""
+
+    def __init__(self, read: Callable[[str], Any], inputs: Mapping[int, str]) -> None:
+        self._read = read
+        self._inputs = inputs
+
+    def fetch(self, value: Any) -> Any:
+        if type(value) is _Value:
+            if value.index not in self:
+                self[value.index] = self._read(self._inputs[value.index])
+            return self[value.index]
+        if type(value) is list:
+            return [self.fetch(item) for item in value]
+        return value
+
+    def run(self, step: _Step) -> None:
+        kwargs = {key: self.fetch(value) for key, value in step.kwargs.items()}
+        self[step.index] = step.target(*self.fetch(step.args), **kwargs)
+
+    def release(self, step: _Step) -> None:
+        for index in step.release:
+            self.pop(index, None)
+
+
 class Runner:
     """Interprets one graph; values are dropped after their last use.
 
@@ -111,7 +136,8 @@ class Runner:
         self._names = [line[1] for line in lines if line[0] != "out"]
         self._place = {name: i for i, name in enumerate(self._names)}
         self._output = self._decode(next(line[1] for line in lines if line[0] == "out"))
-        self._steps = self._plan([line for line in lines if line[0] == "op"])
+        self._ops = [line for line in lines if line[0] == "op"]
+        self._steps = self._plan(_values(self._output))
 
     def run(
         self,
@@ -127,35 +153,41 @@ class Runner:
         Returns:
             The graph's outputs, in order.
         """
-        get = read if callable(read) else read.__getitem__
-        table: dict[int, Any] = {}
-        waiting = {self._place[name]: name for name in self.inputs}
-
-        def fetch(value: Any) -> Any:
-            if type(value) is _Value:
-                if value.index not in table:
-                    table[value.index] = get(waiting[value.index])
-                return table[value.index]
-            if type(value) is list:
-                return [fetch(item) for item in value]
-            return value
-
+        table = self._table(read)
         for step in self._steps:
-            kwargs = {key: fetch(value) for key, value in step.kwargs.items()}
-            table[step.index] = step.target(*fetch(step.args), **kwargs)
+            table.run(step)
             if watch is not None:
                 watch(self._names[step.index], table[step.index])
-            for index in step.release:
-                table.pop(index, None)
-        result: list[Any] = fetch(self._output)
+            table.release(step)
+        result: list[Any] = table.fetch(self._output)
         return result
 
-    def _plan(self, lines: list[list[Any]]) -> list[_Step]:
-        kept = set(_values(self._output))
+    def stream(self, read: Callable[[str], Any]) -> Iterator[tuple[int, Any]]:
+        """Run, and give each output with its position as soon as it is made; none is held."""
+        table = self._table(read)
+        positions: dict[int, list[int]] = {}
+        for position, value in enumerate(self._output):
+            positions.setdefault(value.index, []).append(position)
+        for step in self._plan([]):
+            table.run(step)
+            for position in positions.pop(step.index, []):
+                yield position, table[step.index]
+            table.release(step)
+        for index, places in positions.items():  # inputs that are outputs as they are
+            for position in places:
+                yield position, table.fetch(_Value(index))
+
+    def _table(self, read: Mapping[str, Any] | Callable[[str], Any]) -> _Table:
+        get = read if callable(read) else read.__getitem__
+        return _Table(get, {self._place[name]: name for name in self.inputs})
+
+    def _plan(self, outputs: list[int]) -> list[_Step]:
+        """What to run, and what to drop after it; ``outputs`` are held to the end."""
+        kept = set(outputs)
         steps: list[_Step] = []
-        for _, name, op, args, kwargs in reversed(lines):
+        for _, name, op, args, kwargs in reversed(self._ops):
             decoded = self._decode(args), {k: self._decode(v) for k, v in kwargs.items()}
-            used = set(_values([decoded[0], list(decoded[1].values())]))
+            used = set(_values([decoded[0], list(decoded[1].values())])) | {self._place[name]}
             release = tuple(sorted(used - kept))
             kept |= used
             steps.append(_Step(_resolve(op), *decoded, self._place[name], release))

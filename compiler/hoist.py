@@ -107,7 +107,8 @@ def _load_graph(program: Program, border: list[fx.Node]) -> tuple[fx.Graph, dict
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     inputs: dict[str, Input] = {}
-    for last in border:
+    # What is large comes first: its source is held as well while there is room for that.
+    for last in sorted(border, key=lambda n: n.meta["val"].nbytes, reverse=True):
         for node in _post_order(last, copies):
             if node.op == "placeholder":
                 copies[node] = _placeholder(graph, node)

@@ -70,12 +70,12 @@ def versions() -> dict[str, str]:
 
 
 @cache
-def source_digest() -> str:
-    """SHA-256 over the source files that decide what a graph becomes."""
+def source_digest(*folders: str) -> str:
+    """SHA-256 over the source files of folders: by default those that decide a graph."""
     base = Path(__file__).resolve().parent.parent
     total = hashlib.sha256()
-    for room in ROOMS:
-        for file in sorted((base / room).rglob("*")):
+    for folder in folders or ROOMS:
+        for file in sorted((base / folder).rglob("*")):
             if file.suffix in (".py", ".cpp", ".h") and "bundled" not in file.parts:
                 total.update(str(file.relative_to(base)).encode() + b"\0")
                 total.update(file.read_bytes() + b"\0")

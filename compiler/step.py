@@ -17,46 +17,84 @@ from fxlm.compiler.artifact import Artifact, TensorSpec, dtype_name
 from fxlm.compiler.errors import ArtifactError
 
 Progress = Callable[[int, int], None]
+Sink = Callable[[str, torch.Tensor], None]
+
+WINDOW_BYTES = 128 << 20  # of the checkpoint, mapped and read, before its pages are let go
 
 
 class Reader(Protocol):
-    """Where checkpoint tensors come from."""
+    """Where checkpoint tensors come from: on the CPU, usually mapped from a file."""
 
-    def __call__(self, name: str) -> torch.Tensor: ...
+    def read(self, name: str) -> torch.Tensor: ...
+
+    def forget(self) -> None:
+        """Let go of pages read so far; tensors stay valid."""
+        ...
 
 
 def load_weights(
-    artifact: Artifact, read: Reader, device: torch.device, progress: Progress | None = None
+    artifact: Artifact,
+    reader: Reader,
+    device: torch.device,
+    progress: Progress | None = None,
+    sink: Sink | None = None,
 ) -> dict[str, torch.Tensor]:
     """Run the load graph.
 
+    Beside the prepared weights no more is held than `WINDOW_BYTES` of the checkpoint and what
+    preparing the weight at hand takes.
+
     Args:
         artifact: whose weights to prepare.
-        read: a checkpoint tensor by name, on the CPU, usually mapped from its file.
+        reader: of the checkpoint.
         device: where the prepared weights go.
         progress: called with (tensors read, tensors in all).
+        sink: is given each weight with its name as soon as it is made; none is then returned.
 
     Returns:
         Prepared weights by name.
     """
     ops.load()
     content = artifact.read_json("load.json")
-    constants = _constants(artifact)
-    meaning: dict[str, list[str]] = content["inputs"]
-    done = 0
-
-    def fetch(name: str) -> torch.Tensor:
-        nonlocal done
-        role, source = meaning[name]
-        value = constants[source] if role == "constant" else read(source)
-        done += 1
-        if progress is not None:
-            progress(done, len(meaning))
-        return value.to(device)
-
-    values = graph_json.Runner(content["graph"]).run(fetch)
+    source = _Source(reader, content["inputs"], _constants(artifact), device, progress)
     specs = artifact.weights()
-    return {name: _checked(name, v, specs[name]) for name, v in zip(specs, values, strict=True)}
+    names = list(specs)
+    weights: dict[str, torch.Tensor] = {}
+    put = weights.__setitem__ if sink is None else sink
+    for position, value in graph_json.Runner(content["graph"]).stream(source):
+        name = names[position]
+        put(name, _checked(name, value, specs[name]))
+        del value
+    reader.forget()
+    return weights
+
+
+class _Source:
+    """Inputs of the load graph by name, and the pages of files that they hold."""
+
+    def __init__(
+        self, reader: Reader, meaning: dict[str, list[str]], constants: dict[str, torch.Tensor],
+        device: torch.device, progress: Progress | None,
+    ) -> None:  # fmt: skip
+        self.reader = reader
+        self.meaning = meaning
+        self.constants = constants
+        self.device = device
+        self.progress = progress
+        self.num_read = 0
+        self.held_bytes = 0
+
+    def __call__(self, name: str) -> torch.Tensor:
+        role, source = self.meaning[name]
+        if self.held_bytes > WINDOW_BYTES:
+            self.reader.forget()
+            self.held_bytes = 0
+        value = self.constants[source] if role == "constant" else self.reader.read(source)
+        self.held_bytes += value.nbytes
+        self.num_read += 1
+        if self.progress is not None:
+            self.progress(self.num_read, len(self.meaning))
+        return value.to(self.device)
 
 
 def _constants(artifact: Artifact) -> dict[str, torch.Tensor]:

@@ -75,6 +75,11 @@ class Checkpoint:
         """Return ``length`` indices of dimension ``dim`` from ``start``, as a view."""
         return self.read(name).narrow(dim, start, length)
 
+    def forget(self) -> None:
+        """Let pages of mapped files go from this process; tensors that were read stay valid."""
+        for file in self._files.values():
+            file.forget()
+
     @property
     def num_bytes(self) -> int:
         """Bytes of all tensors."""

@@ -27,7 +27,7 @@ ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2,
     "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8, "C64": 8,
 }  # fmt: skip
-_TORCH_NAMES = {
+TORCH_NAMES = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu", "I16": "int16", "U16": "uint16",
     "F16": "float16", "BF16": "bfloat16", "I32": "int32", "U32": "uint32", "F32": "float32",
@@ -63,7 +63,7 @@ class TensorInfo:
     def torch_dtype(self) -> torch.dtype:
         import torch
 
-        dtype = getattr(torch, _TORCH_NAMES[self.dtype])
+        dtype = getattr(torch, TORCH_NAMES[self.dtype])
         assert isinstance(dtype, torch.dtype), self.dtype
         return dtype
 
@@ -110,6 +110,11 @@ class SafetensorsFile:
             self._mapping(), dtype=info.torch_dtype, count=count, offset=info.begin
         )
         return flat.view(info.shape)
+
+    def forget(self) -> None:
+        """Let the pages read so far go from this process; views stay valid and read them anew."""
+        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)  # nobody wrote to them: nothing is lost
 
     def sample_digest(self, samples: int = 16, sample_bytes: int = 4096) -> str:
         """Hash size, header and evenly spaced pages: the identity of the weights, cheaply."""

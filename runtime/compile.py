@@ -6,7 +6,6 @@ column, `compiler` everything else. Not here: memory and running (`plan`, `worke
 
 from __future__ import annotations
 
-import fcntl
 import gc
 import logging
 import os
@@ -110,7 +109,7 @@ def compile_model(
     path = output.resolve() if output is not None else root / "artifacts" / key[:32]
     if output is not None:
         _refuse_foreign(path)
-    with _lock(path):
+    with artifacts.locked(path):
         found = _existing(path, key)
         if found is not None:
             return Compilation(artifact=found, checkpoint=checkpoint, cached=True)
@@ -172,20 +171,6 @@ def _existing(path: Path, key: str) -> Artifact | None:
     except ArtifactError:
         return None
     return found if found.key == key else None
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """One process compiles, the others wait for it; a read-only cache needs no lock."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = (path.parent / f".{path.name}.lock").open("w")
-    except OSError:
-        yield
-        return
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 @contextmanager

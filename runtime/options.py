@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from fxlm.compiler.options import CompileOptions
     from fxlm.compiler.pipeline import GraphPass
 
+PreparedWeights = Literal["auto", "off"]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineOptions:
@@ -48,7 +50,9 @@ class EngineOptions:
         disable_passes: passes of the column to leave out.
         tap: modules whose output requests may ask for, e.g. ``model.layers.3``.
         steer: modules to whose output requests may add a vector.
-        cache_dir: where artifacts are kept.
+        cache_dir: where artifacts and prepared weights are kept.
+        prepared_weights: ``auto`` keeps packed weights in the cache, where there is room, for
+            the next start to map; ``off`` packs them at every start.
         threads: CPU threads; None: the cores this process may use.
         seed: makes requests without a seed repeatable; None draws them at random.
         trust_remote_code: run Python that comes with the checkpoint.
@@ -74,6 +78,7 @@ class EngineOptions:
     tap: tuple[str, ...] = ()
     steer: tuple[str, ...] = ()
     cache_dir: str | None = None
+    prepared_weights: PreparedWeights = "auto"
     threads: int | None = None
     seed: int | None = None
     trust_remote_code: bool = False

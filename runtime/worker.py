@@ -6,21 +6,25 @@ batch (`batch`), who is in it (`scheduler`), what a command prints (`launch`).
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Mapping
 
 import torch
 
 from fxlm.compiler.artifact import Artifact
 from fxlm.compiler.errors import OutOfMemory
 from fxlm.compiler.ops.kv_cache import allocate
-from fxlm.compiler.step import Reader, Step, load_weights
-from fxlm.runtime import machine
+from fxlm.compiler.step import Step
+from fxlm.runtime import machine, prepared
 from fxlm.runtime.batch import Batch
-from fxlm.runtime.compile import Compilation, Report, compile_for
+from fxlm.runtime.compile import Compilation, Report, cache_directory, compile_for
 from fxlm.runtime.engine import Engine, EngineConfig
 from fxlm.runtime.memory import MemoryPlan, plan_memory
 from fxlm.runtime.options import EngineOptions
 from fxlm.runtime.step import StepResult, WorkerSpec
+
+_log = logging.getLogger(__name__)
 
 
 class ModelWorker:
@@ -28,16 +32,17 @@ class ModelWorker:
 
     Args:
         artifact: opened.
-        read: checkpoint tensors by name.
+        weights: prepared, by name.
         spec: sizes; KV memory is allocated here, all of it, and touched only when used.
     """
 
-    def __init__(self, artifact: Artifact, read: Reader, spec: WorkerSpec) -> None:
+    def __init__(
+        self, artifact: Artifact, weights: Mapping[str, torch.Tensor], spec: WorkerSpec
+    ) -> None:
         self.artifact = artifact
         self._spec = spec
         self.device = torch.device(artifact.manifest["model"]["device"])
         self._caches = self._allocate(artifact, spec)
-        weights = load_weights(artifact, read, self.device)
         self._step = Step(artifact, weights, self._caches)
         self._names = self._step.input_names()
 
@@ -93,6 +98,16 @@ def set_threads(choice: int | None) -> tuple[int, str]:
     return count, why
 
 
+def load_prepared(
+    compilation: Compilation, options: EngineOptions
+) -> tuple[dict[str, torch.Tensor], str]:
+    """Weights as the artifact takes them, and where they come from, in words."""
+    artifact = compilation.artifact
+    device = torch.device(artifact.manifest["model"]["device"])
+    folder = cache_directory(options.cache_dir) / "weights"
+    return prepared.load(artifact, compilation.checkpoint, device, folder, options.prepared_weights)
+
+
 def build_engine(
     options: EngineOptions, report: Report | None = None
 ) -> tuple[Engine, MemoryPlan, Compilation]:
@@ -106,9 +121,11 @@ def build_engine(
     compilation = compile_for(options, report=report)
     plan = plan_memory(compilation.artifact, options)
     started = time.perf_counter()
-    worker = ModelWorker(compilation.artifact, compilation.checkpoint.read, plan.spec)
+    weights, origin = load_prepared(compilation, options)
+    worker = ModelWorker(compilation.artifact, weights, plan.spec)
     if report is not None:
         report("load weights", time.perf_counter() - started)
+        _log.info("weights: %s", origin)
     config = EngineConfig(
         enable_prefix_caching=options.enable_prefix_caching,
         policy=options.scheduling_policy,

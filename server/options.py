@@ -164,6 +164,11 @@ def add_compiler_options(parser: argparse.ArgumentParser) -> None:
     )
     add_point_options(group)
     group.add_argument("--cache-dir", metavar="DIR", help="where artifacts are kept")
+    group.add_argument(
+        "--prepared-weights",
+        choices=("auto", "off"),
+        help="keep packed weights in the cache for the next start to map (default: auto)",
+    )
 
 
 def add_point_options(group: argparse._ArgumentGroup) -> None:
