@@ -73,8 +73,8 @@ def test_damage_is_prepared_anew(
 ) -> None:  # fmt: skip
     prepared.load(*model, CPU, tmp_path)
     (name,) = files(tmp_path)
-    content = {"truncated": (tmp_path / name).read_bytes()[:-4], "foreign": b"\2" + b"\0" * 7 + b"{}",
-               "empty": b""}[damage]  # fmt: skip
+    whole = (tmp_path / name).read_bytes()
+    content = {"truncated": whole[:-4], "foreign": b"\2" + b"\0" * 7 + b"{}", "empty": b""}[damage]
     (tmp_path / name).write_bytes(content)
     again, how = prepared.load(*model, CPU, tmp_path)
     assert how.startswith("prepared, and kept in")
@@ -182,7 +182,8 @@ def status(field):
 ops.load()
 artifact, checkpoint = open_artifact(Path(sys.argv[1])), open_checkpoint(sys.argv[2])
 before = status("VmRSS")
-weights, _ = prepared.load(artifact, checkpoint, torch.device("cpu"), Path(sys.argv[3]), sys.argv[4])
+folder, choice = Path(sys.argv[3]), sys.argv[4]
+weights, _ = prepared.load(artifact, checkpoint, torch.device("cpu"), folder, choice)
 sum(float(v.float().sum()) for v in weights.values() if v.nbytes < 1 << 20)
 print(status("VmHWM") - before, sum(v.nbytes for v in weights.values()))
 """
