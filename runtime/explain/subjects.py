@@ -44,20 +44,20 @@ class ArtifactSubject:
 
     Args:
         artifact: opened.
-        read: tensors of its checkpoint.
+        checkpoint: tensors are read from it.
         eager: interpret the regions even if packages are there.
     """
 
     paged = True
     sampled = True
 
-    def __init__(self, artifact: Artifact, read: Reader, eager: bool = False) -> None:
+    def __init__(self, artifact: Artifact, checkpoint: Reader, eager: bool = False) -> None:
         self.artifact = artifact
         self.eager = eager
         self.cache_specs = artifact.caches()
         self.steer_size = sum(size for _, size in artifact.manifest["steered"])
         with torch.inference_mode():
-            self.weights = load_weights(artifact, read, torch.device("cpu"))
+            self.weights = load_weights(artifact, checkpoint, torch.device("cpu"))
 
     def __call__(self, inputs: dict[str, torch.Tensor], caches: Caches) -> list[torch.Tensor]:
         """One step; a `Step` is bound to its caches, so each run has its own."""

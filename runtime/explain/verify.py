@@ -71,7 +71,7 @@ def scores_of(
     artifact: Artifact, checkpoint: Checkpoint, prompts: Sequence[Sequence[int]]
 ) -> dict[Mode, Scores]:
     """What an artifact says of the prompts in every mode."""
-    subject = subjects.ArtifactSubject(artifact, checkpoint.read)
+    subject = subjects.ArtifactSubject(artifact, checkpoint)
     model = artifact.manifest["model"]
     sizes = {"vocab_size": model["vocab_size"], "block_size": model["block_size"]}
     return {mode: subjects.score(subject, prompts, mode, **sizes) for mode in fixtures.MODES}
