@@ -16,7 +16,7 @@ from torch import fx
 from fxlm.compiler.errors import ContractError
 from fxlm.compiler.program import Program, Role, Stage
 
-STAGES: tuple[Stage, ...] = ("captured", "bound", "paged", "final")
+STAGES: tuple[Stage, ...] = ("captured", "bound", "paged", "final", "verified")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,8 +26,8 @@ class Law:
     Attributes:
         roles: roles that placeholders may have.
         forbidden: ops that must not stand in the graph.
-        num_outputs: values returned: logits alone, or (token_ids, logprobs, logprob_ids, ranks);
-            taps come behind these.
+        num_outputs: values returned: logits alone, or (token_ids, logprobs, logprob_ids, ranks)
+            and, with verification, num_accepted; taps come behind these.
     """
 
     roles: frozenset[Role]
@@ -43,6 +43,7 @@ LAWS: dict[Stage, Law] = {
     "bound": Law(roles=_DENSE, forbidden=("fxlm.paged_attention", "fxlm.sample"), num_outputs=1),
     "paged": Law(roles=_PAGED, forbidden=("fxlm.attention", "fxlm.sample"), num_outputs=1),
     "final": Law(roles=_PAGED, forbidden=("fxlm.attention",), num_outputs=4),
+    "verified": Law(roles=_PAGED, forbidden=("fxlm.attention",), num_outputs=5),
 }
 
 

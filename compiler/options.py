@@ -43,6 +43,7 @@ class CompileOptions:
             weights stay as the checkpoint has them.
         tap: modules whose output requests may ask for.
         steer: modules to whose output requests may add a vector.
+        verify: keep the pass `verify` in the column, for speculative decoding.
         pack_weights: keep the pass `pack_linears` in the column; None: where it pays.
     """
 
@@ -58,6 +59,7 @@ class CompileOptions:
     quantization: str | None = None
     tap: tuple[str, ...] = ()
     steer: tuple[str, ...] = ()
+    verify: bool = False
     pack_weights: bool | None = None
 
     def __post_init__(self) -> None:

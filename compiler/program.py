@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # symbolic shapes take half a second to import, and serving n
     from torch._subclasses.fake_tensor import FakeTensorMode
 
 Role = Literal["step", "weight", "constant", "cache"]
-Stage = Literal["captured", "bound", "paged", "final"]
+Stage = Literal["captured", "bound", "paged", "final", "verified"]
 
 INT64_MAX = 2**63 - 1
 MAX_TOKENS = 1 << 20  # of a step, unless the model itself takes fewer

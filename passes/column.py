@@ -18,6 +18,7 @@ from fxlm.passes.quantize import quantize
 from fxlm.passes.sample import sample
 from fxlm.passes.steer import steer
 from fxlm.passes.tap import tap
+from fxlm.passes.verify import verify
 
 COLUMN: tuple[GraphPass, ...] = (
     bind_checkpoint,  # parameters -> tensors of the checkpoint, as graph code
@@ -30,6 +31,7 @@ COLUMN: tuple[GraphPass, ...] = (
     paged_attention,  # attention over block tables; the cache is written in the graph
     last_tokens,  # logits only for the rows that are drawn or scored
     sample,  # token ids leave the graph, logits do not
+    verify,  # counts the drafted tokens that hold; only where something is drafted
     fuse_quantized_linear,  # linears that read quantized weights as they are
     pack_linears,  # weights in panels; left out where it does not pay
 )

@@ -24,7 +24,7 @@ aten = torch.ops.aten
 
 
 @graph_pass(before=("tap", "paged_attention"))
-def steer(program: Program, *, points: tuple[str, ...]) -> int:
+def steer(program: Program, *, points: tuple[str, ...] = ()) -> int:
     """Add a row of ``steer_table`` to the output of the module at each path; returns how many."""
     if not points:
         return 0

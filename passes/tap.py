@@ -16,7 +16,7 @@ from fxlm.compiler.rewrite import module_output
 
 
 @graph_pass(before="paged_attention")
-def tap(program: Program, *, points: tuple[str, ...]) -> int:
+def tap(program: Program, *, points: tuple[str, ...] = ()) -> int:
     """Tap the output of the module at each path; returns how many."""
     for path in points:
         program.tap(path, module_output(program, path))

@@ -1,6 +1,7 @@
 """Penalties, biases and the ban on early stops of one sequence, as the sparse lists of a step.
 
-Here: `Adjust`, kept up to date token by token. Not here: what the ``sample`` op makes of it.
+Here: `Adjust`, kept up to date token by token, forth and back. Not here: what the ``sample`` op
+makes of it.
 
 One entry a token id: ``count`` is its occurrences in the output (0: in the prompt only, -1: in
 neither), ``bias`` is added to its logit.
@@ -27,6 +28,7 @@ class Adjust:
 
     Attributes:
         size: entries in use of ``ids`` (int64), ``counts`` (int32) and ``bias`` (float32).
+        num_seen: tokens of prompt and output that are counted.
     """
 
     def __init__(self, request: Request, vocab_size: int) -> None:
@@ -36,35 +38,44 @@ class Adjust:
         self.counts: npt.NDArray[np.int32] = np.zeros(16, np.int32)
         self.bias: npt.NDArray[np.float32] = np.zeros(16, np.float32)
         self._places: dict[int, int] = {}
-        self._banned: list[int] = []  # places
+        self._stops: list[int] = []  # places of the tokens that are banned at first
         self._unbanned: npt.NDArray[np.float32] = self.bias[:0]  # their biases otherwise
         self._counts_output = params.has_penalties
-        self._num_prompt = len(request.prompt_token_ids)
-        self._num_seen = self._num_prompt
-        self._first_stop = self._num_prompt + params.min_tokens
-        if params.repetition_penalty != 1.0:
-            self._add(dict.fromkeys(request.prompt_token_ids), 0)
+        self.num_seen = len(request.prompt_token_ids)
+        self._first_stop = self.num_seen + params.min_tokens
+        penalized = request.prompt_token_ids if params.repetition_penalty != 1.0 else ()
+        self._prompt = dict.fromkeys(penalized)
+        self._add(self._prompt, 0)
         self._add_bias(params.logit_bias or {})
         stops = {*request.eos_token_ids, *(params.stop_token_ids or ())}
         known = sorted(token for token in stops if 0 <= token < vocab_size)
         self._ban(known if params.min_tokens else [])
 
-    def update(self, token_ids: list[int]) -> int:
-        """Count the tokens that are new; gives the number of entries that count now.
-
-        Args:
-            token_ids: prompt and output of the sequence; only ever longer than before.
-        """
-        if self._counts_output:
-            for token in token_ids[self._num_seen :]:
+    def extend(self, tokens: Iterable[int]) -> int:
+        """Count the next tokens of the output; gives the number of entries that count now."""
+        for token in tokens:
+            self.num_seen += 1
+            if self._counts_output:
                 place = self._place(token)
                 self.counts[place] = max(int(self.counts[place]), 0) + 1
-        self._num_seen = len(token_ids)
-        if self._banned and self._num_seen >= self._first_stop:
-            self.bias[self._banned] = self._unbanned
-            self._banned = []
-        idle = not self._counts_output and not self._banned and not self._has_bias
-        return 0 if idle else self.size
+        return self._settle()
+
+    def rewind(self, tokens: Iterable[int]) -> int:
+        """Take back the last tokens, in any order; gives the number of entries that count now."""
+        for token in tokens:
+            self.num_seen -= 1
+            if self._counts_output:
+                place = self._places[token]
+                left = int(self.counts[place]) - 1
+                self.counts[place] = left or (0 if token in self._prompt else BIAS_ONLY)
+        return self._settle()
+
+    def _settle(self) -> int:
+        """Ban the stop tokens for as long as they are; gives the number of entries that count."""
+        banned = self._stops and self.num_seen < self._first_stop
+        if self._stops:
+            self.bias[self._stops] = -np.inf if banned else self._unbanned
+        return self.size if self._counts_output or banned or self._has_bias else 0
 
     def _add_bias(self, biases: dict[int, float]) -> None:
         self._has_bias = bool(biases)
@@ -73,9 +84,9 @@ class Adjust:
             self.bias[place] = min(max(bias, -MAX_BIAS), MAX_BIAS)
 
     def _ban(self, tokens: list[int]) -> None:
-        self._banned = [self._place(token) for token in tokens]
-        self._unbanned = self.bias[self._banned].copy()
-        self.bias[self._banned] = -np.inf
+        self._stops = [self._place(token) for token in tokens]
+        self._unbanned = self.bias[self._stops].copy()
+        self.bias[self._stops] = -np.inf
 
     def _add(self, tokens: Iterable[int], count: int) -> None:
         for token in tokens:

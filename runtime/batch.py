@@ -17,6 +17,8 @@ query_start             int32     [S+1] prefix sums of tokens per sequence
 seq_lens                int32     [S] tokens in the cache after this step
 block_table             int32     [S, B] physical blocks, padded with 0
 logits_indices          int64     [R] index into T
+draft_ids               int64     [R] token drafted for the row's draw; -1: none, its group ends
+draw_start              int64     [G] first row of each group that draws for one sequence
 sample_floats           float32   [R, 6] temperature, top_p, min_p, repetition, presence, frequency
 sample_ints             int64     [R, 5] top_k, seed, counter, num_logprobs, target
 adjust_start            int32     [R+1] ranges of the following per row
@@ -25,8 +27,9 @@ adjust_counts           int32     [N] occurrences in the output; 0 prompt only; 
 adjust_bias             float32   [N] added to the logit
 ======================  ========  ===================================================
 
-Sizes, all at least 1: T tokens, S sequences, R rows, B block columns, N adjust entries. N has no
-bound known beforehand: its buffers double when they are too small, and then move.
+Sizes, all at least 1: T tokens, S sequences, R rows, B block columns, N adjust entries, G groups.
+N has no bound known beforehand: its buffers double when they are too small, and then move.
+``draft_ids`` and ``draw_start`` are there if the worker's graph verifies drafts.
 """
 
 from dataclasses import dataclass
@@ -45,7 +48,7 @@ from fxlm.runtime.step import WorkerSpec
 NUM_FLOATS, NUM_INTS = 6, 5
 SEED, COUNTER, NUM_LOGPROBS, TARGET = 1, 2, 3, 4  # columns of sample_ints
 SCORE_FLOATS = (0.0, 1.0, 0.0, 1.0, 0.0, 0.0)  # a row that scores a token draws nothing
-NO_LOGPROBS = NO_TARGET = -1
+NO_LOGPROBS = NO_TARGET = NO_DRAFT = -1
 
 
 @dataclass(slots=True)
@@ -57,6 +60,7 @@ class Sizes:
     rows: int = 0
     blocks: int = 1
     adjusts: int = 1
+    groups: int = 1
 
 
 class Batch:
@@ -84,6 +88,8 @@ class Batch:
         self._seq_lens = self._new("seq_lens", seqs, np.int32)
         self._block_table = self._new("block_table", seqs * width, np.int32)
         self._logits_indices = self._new("logits_indices", rows, np.int64)
+        self._draft_ids = self._new("draft_ids", rows, np.int64)
+        self._draw_start = self._new("draw_start", rows, np.int64)
         self._sample_floats = self._new("sample_floats", rows * NUM_FLOATS, np.float32).reshape(
             rows, NUM_FLOATS
         )
@@ -126,6 +132,8 @@ class Batch:
             "seq_lens": full["seq_lens"][:seqs],
             "block_table": full["block_table"][: seqs * sizes.blocks].view(seqs, sizes.blocks),
             "logits_indices": full["logits_indices"][:rows],
+            "draft_ids": full["draft_ids"][:rows],
+            "draw_start": full["draw_start"][: sizes.groups],
             "sample_floats": full["sample_floats"][: rows * NUM_FLOATS].view(rows, NUM_FLOATS),
             "sample_ints": full["sample_ints"][: rows * NUM_INTS].view(rows, NUM_INTS),
             "adjust_start": full["adjust_start"][: rows + 1],
@@ -154,9 +162,12 @@ class Batch:
         self._fill_table(plan, longest)
         if not self._step.rows:
             self._fill_idle_row()
+        if not self._step.groups:  # scores alone: compiled code wants a group, too
+            self._draw_start[0] = 0
         entries = self._fill_adjusts(plan)
         step = self._step
-        self.sizes = Sizes(step.tokens, step.sequences, step.rows, self._width(longest), entries)
+        width, groups = self._width(longest), max(step.groups, 1)
+        self.sizes = Sizes(step.tokens, step.sequences, step.rows, width, entries, groups)
         return self.sizes
 
     def _width(self, longest: int) -> int:
@@ -176,24 +187,47 @@ class Batch:
         sequence.num_tabled = len(sequence.blocks)
 
     def _fill_decodes(self, decodes: list[Sequence]) -> int:
-        """One token and one row a sequence; these come first. Gives the longest length."""
-        count, block_size = len(decodes), self.spec.block_size
-        slots = np.array([sequence.slot for sequence in decodes], np.int64)
+        """A token, and drafts, a sequence, and as many rows; these come first.
+
+        Gives the longest length.
+        """
+        seqs, block_size = len(decodes), self.spec.block_size
+        counts = np.array([1 + len(sequence.drafts) for sequence in decodes], np.int64)
+        starts = np.zeros(seqs + 1, np.int64)
+        np.cumsum(counts, out=starts[1:])
+        count = int(starts[-1])
+        slots = np.repeat([sequence.slot for sequence in decodes], counts)
         positions = self._position_ids[:count]
-        positions[:] = [sequence.num_computed for sequence in decodes]
-        self._input_ids[:count] = [sequence.token_ids[-1] for sequence in decodes]
+        computed = np.array([sequence.num_computed for sequence in decodes], np.int64)
+        positions[:] = self._iota[:count] + np.repeat(computed - starts[:-1], counts)
+        tokens = self._input_ids[:count]
+        tokens[starts[:-1]] = [sequence.token_ids[-1] for sequence in decodes]
+        self._draft_ids[:count] = NO_DRAFT
+        if count > seqs:
+            self._fill_drafts(decodes, count, starts)
         block = self._table[slots, positions // block_size].astype(np.int64)
         self._slot_mapping[:count] = block * block_size + positions % block_size
-        self._query_start[: count + 1] = self._iota[: count + 1]
-        lengths = self._seq_lens[:count]
-        lengths[:] = positions + 1
+        self._query_start[: seqs + 1] = starts
+        lengths = self._seq_lens[:seqs]
+        lengths[:] = computed + counts
         self._logits_indices[:count] = self._iota[:count]
+        self._draw_start[:seqs] = starts[:-1]
         self._sample_floats[:count] = self._floats[slots]
         ints = self._sample_ints[:count]
         ints[:] = self._ints[slots]
-        ints[:, COUNTER] = lengths
-        self._step = _Cursor(count, count, count)
+        ints[:, COUNTER] = positions + 1
+        self._step = _Cursor(count, seqs, count, seqs)
         return int(lengths.max())
+
+    def _fill_drafts(
+        self, decodes: list[Sequence], count: int, starts: npt.NDArray[np.int64]
+    ) -> None:
+        """Drafted tokens behind each decode's own; the row before each is to draw it."""
+        drafted = np.ones(count, bool)
+        drafted[starts[:-1]] = False
+        drafts = [token for sequence in decodes for token in sequence.drafts]
+        self._input_ids[:count][drafted] = drafts
+        self._draft_ids[: count - 1][drafted[1:]] = drafts
 
     def _fill_chunk(self, chunk: Chunk) -> int:
         """Tokens and rows of one chunk; gives the length of its sequence after the step."""
@@ -223,6 +257,7 @@ class Batch:
         rows = slice(step.rows, step.rows + chunk.num_scores)
         first = chunk.score_start
         self._logits_indices[rows] = self._iota[: chunk.num_scores] + (begin + first - chunk.start)
+        self._draft_ids[rows] = NO_DRAFT
         self._sample_floats[rows] = SCORE_FLOATS
         ints = self._sample_ints[rows]
         ints[:] = 0
@@ -238,15 +273,19 @@ class Batch:
             self._bind(sequence)
         row = self._step.rows
         self._logits_indices[row] = index
+        self._draft_ids[row] = NO_DRAFT
+        self._draw_start[self._step.groups] = row
         self._sample_floats[row] = self._floats[sequence.slot]
         self._sample_ints[row] = self._ints[sequence.slot]
         self._sample_ints[row, COUNTER] = counter
         self.wants_logprobs |= sequence.wants_logprobs
         self._step.rows += 1
+        self._step.groups += 1
 
     def _fill_idle_row(self) -> None:
         """A step of unfinished prompts draws nothing, but compiled code wants a row: R >= 1."""
         self._logits_indices[0] = 0
+        self._draft_ids[0] = NO_DRAFT
         self._sample_floats[0] = SCORE_FLOATS
         self._sample_ints[0] = (0, 0, self._position_ids[0] + 1, NO_LOGPROBS, 0)
         self._step.rows = 1
@@ -263,19 +302,19 @@ class Batch:
         rows = self._step.rows
         starts = self._adjust_start[: rows + 1]
         starts[:] = 0
-        total = 0
-        row = -1
-        for row, sequence in enumerate(plan.decodes):
-            if sequence.has_adjust:
-                total = self._put_adjust(sequence, total)
-            starts[row + 1] = total
-        row += 1
+        total = row = 0
+        for sequence in plan.decodes:
+            total = self._put_adjust(sequence, total)
+            row += 1
+            starts[row] = total
+            if sequence.drafts:
+                total = self._put_drafts(sequence, row, total)
+                row += len(sequence.drafts)
         for chunk in plan.chunks:
             starts[row : row + chunk.num_scores + 1] = total
             row += chunk.num_scores
             for draw in chunk.draws:
-                if draw.has_adjust:
-                    total = self._put_adjust(draw, total)
+                total = self._put_adjust(draw, total)
                 row += 1
                 starts[row] = total
         assert max(row, 1) == rows, (row, rows)
@@ -284,11 +323,27 @@ class Batch:
         return max(total, 1)
 
     def _put_adjust(self, sequence: Sequence, begin: int) -> int:
-        """Append the entries of a sequence; gives the new end."""
+        """Append the entries of a sequence as it is; gives the new end."""
+        if not sequence.has_adjust:
+            return begin
         adjust = sequence.adjust
         if adjust is None:
             adjust = sequence.adjust = Adjust(sequence.request, self.spec.vocab_size)
-        size = adjust.update(sequence.token_ids)
+        return self._put(adjust, adjust.extend(sequence.token_ids[adjust.num_seen :]), begin)
+
+    def _put_drafts(self, sequence: Sequence, row: int, begin: int) -> int:
+        """Append the entries as they are after each draft, from ``row`` on; gives the new end."""
+        adjust = sequence.adjust
+        for number, token in enumerate(sequence.drafts):
+            if adjust is not None:
+                begin = self._put(adjust, adjust.extend([token]), begin)
+            self._adjust_start[row + number + 1] = begin
+        if adjust is not None:
+            adjust.rewind(sequence.drafts)
+        return begin
+
+    def _put(self, adjust: Adjust, size: int, begin: int) -> int:
+        """Append the first ``size`` entries; gives the new end."""
         end = begin + size
         if end > len(self._adjust_ids):
             self._grow_adjusts(end)
@@ -312,6 +367,7 @@ class _Cursor:
     tokens: int = 0
     sequences: int = 0
     rows: int = 0
+    groups: int = 0
 
 
 def _options(sequence: Sequence) -> tuple[tuple[float, ...], tuple[int, ...]]:

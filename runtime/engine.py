@@ -25,6 +25,7 @@ from fxlm.runtime.messages import (
 from fxlm.runtime.request import Request
 from fxlm.runtime.scheduler import Chunk, Plan, Policy, Scheduler
 from fxlm.runtime.sequence import Sequence, Status
+from fxlm.runtime.speculator import Speculator
 from fxlm.runtime.step import StepResult, Worker
 
 
@@ -60,12 +61,20 @@ class Engine:
     Args:
         worker: runs the steps.
         config: options.
+        speculator: drafts tokens, if the worker's graph verifies them.
     """
 
-    def __init__(self, worker: Worker, config: EngineConfig | None = None) -> None:
+    def __init__(
+        self,
+        worker: Worker,
+        config: EngineConfig | None = None,
+        speculator: Speculator | None = None,
+    ) -> None:
         self.config = config or EngineConfig()
         self.worker = worker
         self.spec = worker.spec
+        self.speculator = speculator
+        assert speculator is None or self.spec.max_drafts, "the graph verifies nothing"
         self.batch = Batch(self.spec)
         self.scheduler = Scheduler(
             self.spec,
@@ -77,7 +86,10 @@ class Engine:
         self._outputs: list[Output] = []  # made outside of a step: aborts
         self._num_requests = 0
         self._random = random.Random(self.config.seed) if self.config.seed is not None else None
-        self._stats = Stats(iteration_tokens=[0] * (len(ITERATION_BUCKETS) + 1))
+        self._stats = Stats(
+            iteration_tokens=[0] * (len(ITERATION_BUCKETS) + 1),
+            accepted_per_position=[0] * self.spec.max_drafts,
+        )
 
     # --- requests
 
@@ -146,6 +158,8 @@ class Engine:
             output.num_preemptions = sequence.num_preemptions
             output.num_cached_tokens = max(sequence.num_cached, 0)
             output.scheduled = sequence.scheduled
+            if self.speculator is not None:
+                self.speculator.finish(sequence)
             if sequence.status is not Status.FINISHED:
                 self.scheduler.remove(sequence)
         finished = self._stats.finished
@@ -202,6 +216,8 @@ class Engine:
 
     def plan(self) -> Plan:
         """Decide what the next step runs; forks join the live sequences here."""
+        if self.speculator is not None:
+            self.speculator.draft(self.scheduler)
         plan = self.scheduler.schedule()
         self._stats.num_preemptions += plan.num_preempted
         for fork in plan.forks:
@@ -210,25 +226,47 @@ class Engine:
 
     def launch(self, plan: Plan) -> StepResult:
         """Run a plan on the worker."""
+        if self.speculator is not None:
+            self.speculator.start()
         self.batch.fill(plan)
         if plan.copies:
             self.worker.copy_blocks(plan.copies)
-        return self.worker.run(self.batch)
+        result = self.worker.run(self.batch)
+        if self.speculator is not None:
+            self.speculator.stop(plan)
+        return result
 
     def commit(self, plan: Plan, result: StepResult, outputs: list[Output]) -> None:
         """Append the tokens of a step, index full blocks, finish what ended."""
         self._count(plan.num_tokens)
-        block_size = self.spec.block_size
-        tokens = result.token_ids
-        for row, sequence in enumerate(plan.decodes):
-            sequence.num_computed += 1
-            if sequence.num_computed % block_size == 0:
-                self.scheduler.commit_blocks(sequence, sequence.num_computed - 1)
-            outputs.append(self._append(sequence, tokens[row], row, result))
-        row = len(plan.decodes)
+        accepted = result.num_accepted
+        row = 0
+        for group, sequence in enumerate(plan.decodes):
+            count = 1 if accepted is None else accepted[group]
+            rows = 1 + len(sequence.drafts)
+            assert 1 <= count <= rows, (count, rows)
+            outputs.append(self._commit_decode(sequence, row, count, result))
+            row += rows
         for chunk in plan.chunks:
             row = self._commit_chunk(chunk, row, result, outputs)
-        assert max(row, 1) == len(tokens), (row, len(tokens))
+        assert max(row, 1) == len(result.token_ids), (row, len(result.token_ids))
+
+    def _commit_decode(
+        self, sequence: Sequence, row: int, count: int, result: StepResult
+    ) -> Output:
+        """Append the ``count`` tokens that hold; all but the last of them are in the cache."""
+        start = sequence.num_computed
+        output = self._append(sequence, row, count, result)
+        end = sequence.num_computed = start + len(output.token_ids)
+        block_size = self.spec.block_size
+        if end // block_size > start // block_size:
+            self.scheduler.commit_blocks(sequence, start, end)
+        if sequence.drafts:
+            self._count_drafts(sequence, count - 1)
+            sequence.drafts = []
+            self.scheduler.trim(sequence)
+        self._close(sequence, output)
+        return output
 
     def _commit_chunk(
         self, chunk: Chunk, row: int, result: StepResult, outputs: list[Output]
@@ -236,7 +274,7 @@ class Engine:
         """Gives the first row of the next chunk."""
         sequence = chunk.sequence
         sequence.num_computed += chunk.num_tokens
-        self.scheduler.commit_blocks(sequence, chunk.start)
+        self.scheduler.commit_blocks(sequence, chunk.start, sequence.num_computed)
         if chunk.num_scores:
             columns = sequence.params.prompt_logprobs or 0
             for score in range(row, row + chunk.num_scores):
@@ -244,28 +282,36 @@ class Engine:
             sequence.num_scored += chunk.num_scores
             row += chunk.num_scores
         for draw in chunk.draws:
-            outputs.append(self._append(draw, result.token_ids[row], row, result))
+            output = self._append(draw, row, 1, result)
+            self._close(draw, output)
+            outputs.append(output)
             row += 1
         return row
 
-    def _append(self, sequence: Sequence, token: int, row: int, result: StepResult) -> Output:
-        """Give a sequence its next token."""
-        token_ids = sequence.token_ids
-        token_ids.append(token)
+    def _append(self, sequence: Sequence, row: int, count: int, result: StepResult) -> Output:
+        """Give a sequence the tokens of ``count`` rows, up to one that ends it."""
+        tokens = list(result.token_ids[row : row + count])
         output = Output(
-            request_id=sequence.request.request_id, index=sequence.index, token_ids=[token]
+            request_id=sequence.request.request_id, index=sequence.index, token_ids=tokens
         )
+        before = len(sequence.token_ids)
+        for number, token in enumerate(tokens, 1):
+            total = before + number
+            if token in sequence.stop_ids and total > sequence.min_total:
+                output.stop_reason = sequence.stop_ids[token]
+                output.finish_reason = "stop"
+            elif total >= sequence.max_total:
+                output.finish_reason = "length"
+            if output.finish_reason is not None:
+                del tokens[number:]
+                break
+        sequence.token_ids += tokens
         if sequence.wants_logprobs:
-            output.logprobs = [_logprobs(result, row, sequence.params.logprobs or 0)]
-        total = len(token_ids)
-        if total == sequence.num_prompt + 1:
+            columns = sequence.params.logprobs or 0
+            output.logprobs = [_logprobs(result, row + i, columns) for i in range(len(tokens))]
+        if before == sequence.num_prompt:
             self._first(sequence, output)
-        self._stats.generation_tokens += 1
-        if token in sequence.stop_ids and total > sequence.min_total:
-            output.stop_reason = sequence.stop_ids[token]
-            self._close(sequence, output, "stop")
-        elif total >= sequence.max_total:
-            self._close(sequence, output, "length")
+        self._stats.generation_tokens += len(tokens)
         return output
 
     def _first(self, sequence: Sequence, output: Output) -> None:
@@ -279,9 +325,11 @@ class Engine:
                 output.prompt_logprobs = sequence.prompt_logprobs
                 sequence.prompt_logprobs = []
 
-    def _close(self, sequence: Sequence, output: Output, reason: FinishReason) -> None:
-        live = self._live[sequence.request.request_id]
-        self._finish(live, sequence.index, sequence, output, reason)
+    def _close(self, sequence: Sequence, output: Output) -> None:
+        """Finish a completion whose output says that it ended."""
+        if output.finish_reason is not None:
+            live = self._live[sequence.request.request_id]
+            self._finish(live, sequence.index, sequence, output, output.finish_reason)
 
     # --- failures
 
@@ -294,7 +342,8 @@ class Engine:
             else:
                 output = Output(request_id=sequence.request.request_id, index=sequence.index)
                 output.message = message
-                self._close(sequence, output, "error")
+                output.finish_reason = "error"
+                self._close(sequence, output)
                 outputs.append(output)
         return outputs
 
@@ -324,6 +373,16 @@ class Engine:
         stats.num_steps += 1
         stats.iteration_tokens_sum += num_tokens
         stats.iteration_tokens[bisect_left(ITERATION_BUCKETS, num_tokens)] += 1
+
+    def _count_drafts(self, sequence: Sequence, num_accepted: int) -> None:
+        if self.speculator is not None:
+            self.speculator.note(sequence, num_accepted)
+        stats = self._stats
+        stats.num_drafts += 1
+        stats.num_draft_tokens += len(sequence.drafts)
+        stats.num_accepted_tokens += num_accepted
+        for position in range(num_accepted):
+            stats.accepted_per_position[position] += 1
 
     def stats(self) -> Stats:
         """Numbers of this moment and totals; the object is reused by the next call."""

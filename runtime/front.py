@@ -123,6 +123,8 @@ def column_of(options: CompileOptions, **settings: dict[str, Any]) -> list[Graph
     for name in options.disabled:
         if name in REQUIRED:
             raise InvalidOption("--disable-pass", name, "the engine cannot run without it")
+    if options.verify and "verify" in options.disabled:
+        raise InvalidOption("--disable-pass", "verify", "speculative decoding stands on it")
     settings |= {"steer": {"points": options.steer}, "tap": {"points": options.tap}}
     cached = {"cache_dtype": resolve_cache_dtype(options.kv_cache_dtype)}
     settings["paged_attention"] = {**cached, **settings.get("paged_attention", {})}
@@ -132,6 +134,7 @@ def column_of(options: CompileOptions, **settings: dict[str, Any]) -> list[Graph
         "quantize": options.quantization is not None,
         "steer": options.steer,
         "tap": options.tap,
+        "verify": options.verify,
     }
     unused = [name for name, given in wanted.items() if not given]
     column = order(default_column(**settings), options.passes)

@@ -87,11 +87,14 @@ def make_engine(**values: Any) -> Engine:
 def compile_command(args: argparse.Namespace) -> int:
     """``fxlm compile``: stages with their seconds, then where the artifact is."""
     from fxlm.runtime.compile import compile_for
+    from fxlm.runtime.drafting import compile_draft
 
     started = time.perf_counter()
     output = Path(args.output) if getattr(args, "output", None) else None
-    result = compile_for(engine_options(args), output=output, report=_report)
+    options = engine_options(args)
+    result = compile_for(options, output=output, report=_report)
     artifact = result.artifact
+    draft = compile_draft(options, artifact, _report)
     for line in artifact.manifest["passes"]:
         print(f"  pass {line['name']:<18}{line['rewrites']:>5} rewrites "
               f"{line['nodes_before']:>6} -> {line['nodes_after']} nodes")  # fmt: skip
@@ -102,6 +105,8 @@ def compile_command(args: argparse.Namespace) -> int:
     print(f"{how}: {len(regions)} regions called {calls} times a step, "
           f"{artifact.nbytes / 2**20:.1f} MiB, {seconds:.1f} s")  # fmt: skip
     print(artifact.path)
+    if draft is not None:
+        print(f"draft model: {draft.artifact.path}")
     return 0
 
 
@@ -111,6 +116,7 @@ def plan_command(args: argparse.Namespace) -> int:
 
     from fxlm.compiler.options import resolve_dtype
     from fxlm.runtime.compile import compile_for
+    from fxlm.runtime.drafting import compile_draft
     from fxlm.runtime.front import stored_dtype
     from fxlm.runtime.memory import plan_memory
     from fxlm.runtime.options import resolve_device
@@ -119,7 +125,8 @@ def plan_command(args: argparse.Namespace) -> int:
     options = engine_options(args)
     # The graph is enough to plan from; nothing is compiled and no weight is read.
     made = compile_for(replace(options, enforce_eager=True), report=_report)
-    plan = plan_memory(made.artifact, options)
+    draft = compile_draft(replace(options, enforce_eager=True), made.artifact, report=_report)
+    plan = plan_memory(made.artifact, options, draft.artifact if draft else None)
     device, why_device = resolve_device(options.device)
     _, why_dtype = resolve_dtype(options.dtype, stored_dtype(made.checkpoint), device)
     dtype = made.artifact.manifest["model"]["dtype"]

@@ -6,7 +6,7 @@ from the graph (`fxlm.compiler.liveness`). Not here: allocating (`worker`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from fxlm.compiler.errors import InvalidOption, OutOfMemory
 from fxlm.compiler.ops.kv_cache import is_coded
 from fxlm.runtime import machine
 from fxlm.runtime.options import EngineOptions
-from fxlm.runtime.step import DEFAULT_SCORE_ROWS, WorkerSpec
+from fxlm.runtime.step import DEFAULT_SCORE_ROWS, WorkerSpec, most_draft_rows
 
 # Interpreter, libraries and buffers of a step that no graph shows; measured, see bench/startup.py.
 OVERHEAD_BYTES = 600 << 20
@@ -36,6 +36,8 @@ class MemoryPlan:
             graph stands; compiled code fuses and needs less.
         available_bytes: memory that was free for planning.
         spec: sizes of the worker.
+        draft_spec: of the draft model's worker, if one drafts; its weights and cache are in the
+            numbers above.
         reasons: what was chosen and why, in order.
     """
 
@@ -47,6 +49,7 @@ class MemoryPlan:
     available_bytes: int
     spec: WorkerSpec
     reasons: tuple[tuple[str, str, str], ...]
+    draft_spec: WorkerSpec | None = None
 
     def lines(self) -> list[str]:
         """The plan as text."""
@@ -67,8 +70,12 @@ class MemoryPlan:
         return text
 
 
-def plan_memory(artifact: Artifact, options: EngineOptions) -> MemoryPlan:
-    """Plan an engine for an artifact.
+def plan_memory(
+    artifact: Artifact, options: EngineOptions, draft: Artifact | None = None
+) -> MemoryPlan:
+    """Plan an engine for an artifact, and for a draft model's beside it.
+
+    Both models keep the same tokens in their caches, so these have the same number of blocks.
 
     Raises:
         OutOfMemory: weights and one sequence of the context asked for do not fit.
@@ -76,12 +83,15 @@ def plan_memory(artifact: Artifact, options: EngineOptions) -> MemoryPlan:
     """
     model = artifact.manifest["model"]
     block = int(model["block_size"])
-    weights = sum(spec.nbytes for spec in artifact.weights().values())
-    per_token = sum(c.bytes_per_token for c in artifact.caches())
+    artifacts = [artifact] if draft is None else [artifact, draft]
+    weights = sum(weight_bytes(item) for item in artifacts)
+    per_token = sum(cache_bytes_per_token(item) for item in artifacts)
     cpu = model["device"] == "cpu"
     batched, why_batched = _tokens_per_step(model, options)
+    drafted = options.speculative_config.most if options.speculative_config else 0
     rows = options.max_num_seqs + DEFAULT_SCORE_ROWS
-    activations = activation_bytes(artifact, batched, rows)
+    rows += most_draft_rows(options.max_num_seqs, batched, drafted)
+    activations = max(activation_bytes(item, batched, rows) for item in artifacts)
     available, source = _available(cpu)
     longest, why_length = _context(model, options)
     budget, why_budget = _budget(options, available, source, weights + activations, per_token,
@@ -93,9 +103,10 @@ def plan_memory(artifact: Artifact, options: EngineOptions) -> MemoryPlan:
     spec = WorkerSpec(
         num_blocks=num_blocks, block_size=block, max_num_batched_tokens=batched,
         max_num_seqs=options.max_num_seqs, max_model_len=longest,
-        vocab_size=int(model["vocab_size"]),
+        vocab_size=int(model["vocab_size"]), max_drafts=drafted,
     )  # fmt: skip
     reasons = (
+        *_draft_reasons(options, draft),
         ("KV cache", _mib(num_blocks * per_token * block), why_budget),
         ("context", f"{longest} tokens", why_length),
         ("tokens per step", str(batched), why_batched),
@@ -104,9 +115,50 @@ def plan_memory(artifact: Artifact, options: EngineOptions) -> MemoryPlan:
     return MemoryPlan(
         weights_bytes=weights, kv_bytes_per_token=per_token, activation_bytes=activations,
         kv_content=_content(artifact), kv_bytes=num_blocks * per_token * block,
-        available_bytes=available, spec=spec,
-        reasons=reasons,
+        available_bytes=available, spec=spec, reasons=reasons,
+        draft_spec=None if draft is None else _draft_spec(draft, spec, options),
     )  # fmt: skip
+
+
+def weight_bytes(artifact: Artifact) -> int:
+    """Bytes of the prepared weights."""
+    return sum(spec.nbytes for spec in artifact.weights().values())
+
+
+def cache_bytes_per_token(artifact: Artifact) -> int:
+    """Bytes of K and V of one token in all layers."""
+    return sum(cache.bytes_per_token for cache in artifact.caches())
+
+
+def _draft_reasons(
+    options: EngineOptions, draft: Artifact | None
+) -> tuple[tuple[str, str, str], ...]:
+    """What drafting takes, as lines of the plan."""
+    config = options.speculative_config
+    if config is None:
+        return ()
+    if draft is None:
+        return (("drafts", f"{config.most} tokens", config.kind),)
+    share = f"of the above are the draft's; its KV: {cache_bytes_per_token(draft)} bytes a token"
+    return (
+        ("drafts", f"{config.most} tokens", f"by {config.model}"),
+        ("draft's weights", _mib(weight_bytes(draft)), share),
+    )
+
+
+def _draft_spec(draft: Artifact, target: WorkerSpec, options: EngineOptions) -> WorkerSpec:
+    """Sizes of the draft's worker: the target's, within what the draft was made for."""
+    model = draft.manifest["model"]
+    assert options.speculative_config is not None
+    asked = options.speculative_config.max_model_len or target.max_model_len
+    made_for = int(model["max_position_embeddings"]) or target.max_model_len
+    return replace(
+        target,
+        max_model_len=min(asked, made_for, target.max_model_len),
+        max_num_batched_tokens=min(target.max_num_batched_tokens, int(model["max_tokens"])),
+        max_score_rows=1,
+        max_drafts=0,
+    )
 
 
 def _content(artifact: Artifact) -> str:

@@ -116,6 +116,10 @@ class Stats(msgspec.Struct, tag=True, kw_only=True):
         prefix_queries: prompt tokens looked up in the prefix cache, total.
         prefix_hits: of them, found.
         iteration_tokens: tokens of the steps by `ITERATION_BUCKETS` (not cumulative), total.
+        num_drafts: drafts verified, one a sequence and step, total.
+        num_draft_tokens: tokens in them, total.
+        num_accepted_tokens: of these, accepted, total.
+        accepted_per_position: accepted tokens by place in their draft; empty: nothing is drafted.
         num_messages_bad: messages that could not be read, total.
         num_polls: times the service loop looked for messages, total.
     """
@@ -132,6 +136,10 @@ class Stats(msgspec.Struct, tag=True, kw_only=True):
     finished: dict[str, int] = msgspec.field(default_factory=dict)
     iteration_tokens: list[int] = msgspec.field(default_factory=list)
     iteration_tokens_sum: int = 0
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    accepted_per_position: list[int] = msgspec.field(default_factory=list)
     num_messages_bad: int = 0
     num_polls: int = 0
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from fxlm.compiler.errors import InvalidOption
+from fxlm.runtime.speculative_config import SpeculativeConfig, speculative_config
 
 if TYPE_CHECKING:
     from fxlm.compiler.options import CompileOptions
@@ -54,6 +55,7 @@ class EngineOptions:
         prepared_weights: ``auto`` keeps packed weights in the cache, where there is room, for
             the next start to map; ``off`` packs them at every start.
         threads: CPU threads; None: the cores this process may use.
+        speculative_config: how tokens are drafted and verified; None: they are not.
         seed: makes requests without a seed repeatable; None draws them at random.
         trust_remote_code: run Python that comes with the checkpoint.
     """
@@ -80,6 +82,7 @@ class EngineOptions:
     cache_dir: str | None = None
     prepared_weights: PreparedWeights = "auto"
     threads: int | None = None
+    speculative_config: SpeculativeConfig | None = None
     seed: int | None = None
     trust_remote_code: bool = False
 
@@ -115,13 +118,15 @@ def from_mapping(values: Mapping[str, Any]) -> EngineOptions:
             raise InvalidOption(name, values[name], f"there is no such option; {hint}")
     given = {k: v for k, v in values.items() if v is not None}
     passes = tuple(given.pop("passes", ()))
+    drafting = given.pop("speculative_config", None)
     try:
         typed = msgspec.convert(given, EngineOptions)
     except msgspec.ValidationError as error:
         reason, _, place = str(error).partition(" - at `$.")
         field = place.rstrip("`").split("[")[0]
         raise InvalidOption(field, values.get(field), reason) from None
-    return replace(typed, passes=passes)
+    speculative = None if drafting is None else speculative_config(drafting)
+    return replace(typed, passes=passes, speculative_config=speculative)
 
 
 def resolve_device(choice: str) -> tuple[str, str]:
@@ -155,6 +160,7 @@ def compile_options(options: EngineOptions) -> CompileOptions:
         steer=tuple(options.steer),
         trust_remote_code=options.trust_remote_code,
         quantization=options.quantization,
+        verify=options.speculative_config is not None,
     )
 
 
@@ -175,7 +181,7 @@ def load_pass(item: Any) -> GraphPass:
         return _installed_pass(item)
     if not Path(file).is_file():
         raise InvalidOption("--pass", item, "write FILE.py:NAME with a file that exists")
-    found = getattr(_module(Path(file)), name, None)
+    found = getattr(import_file(Path(file), "--pass"), name, None)
     if not isinstance(found, GraphPass):
         raise InvalidOption("--pass", item, f"{file} has no @graph_pass function {name!r}")
     return found
@@ -206,10 +212,15 @@ def _installed_pass(name: str) -> GraphPass:
     return found
 
 
-def _module(file: Path) -> ModuleType:
+def import_file(file: Path, option: str) -> ModuleType:
+    """The module in a user's file.
+
+    Raises:
+        InvalidOption: of ``option``: the file does not import.
+    """
     import sys
 
-    name = f"fxlm_user_pass_{file.stem}"
+    name = f"fxlm_user_{file.stem}"
     loader = importlib.machinery.SourceFileLoader(name, str(file))
     spec = importlib.util.spec_from_loader(name, loader)
     assert spec is not None, file
@@ -219,7 +230,7 @@ def _module(file: Path) -> ModuleType:
         loader.exec_module(module)
     except Exception as error:  # whatever the user's file raises while it is read
         reason = f"the file does not import: {type(error).__name__}: {error}"
-        raise InvalidOption("--pass", str(file), reason) from error
+        raise InvalidOption(option, str(file), reason) from error
     return module
 
 

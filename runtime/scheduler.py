@@ -4,11 +4,11 @@ Here: `Scheduler` and its `Plan`. Not here: tensors (``batch``), tokens drawn (`
 
 There are no phases. A sequence has tokens that are not in the cache yet: all of a fresh prompt,
 one while decoding, prompt and output after a preemption. Every step hands out a budget of tokens,
-first to sequences that need one (decodes), then to the others in chunks, then to waiting ones,
-oldest first. A waiting sequence is given the blocks of all its tokens when it is admitted, so
-that only decoding asks for more; when there are none, the youngest running sequence gives its
-own back and waits again, in front of everyone who came after it. The oldest therefore always
-goes on, and everyone finishes.
+first to sequences that need one (decodes), with the tokens drafted for them as far as budget and
+free blocks go, then to the others in chunks, then to waiting ones, oldest first. A waiting
+sequence is given the blocks of all its tokens when it is admitted, so that only decoding asks for
+more; when there are none, the youngest running sequence gives its own back and waits again, in
+front of everyone who came after it. The oldest therefore always goes on, and everyone finishes.
 """
 
 import heapq
@@ -27,7 +27,7 @@ Policy = Literal["fcfs", "priority"]
 
 @dataclass(slots=True)
 class Chunk:
-    """Tokens ``[start, start + num_tokens)`` of a sequence that is not merely decoding.
+    """Tokens ``[start, start + num_tokens)`` of a sequence that is not a decode.
 
     ``score_start``: position of the first logits row that scores a prompt token, ``num_scores``
     rows. ``draws``: the sequences that draw from the chunk's last token: none, or this one and
@@ -47,7 +47,7 @@ class Plan:
     """One step. Rows and tokens go in the order of ``decodes``, then of ``chunks``.
 
     Attributes:
-        decodes: sequences with exactly one token, each drawing one.
+        decodes: sequences with one token and their ``drafts``, drawing at each of these.
         chunks: the others.
         copies: (source, destination) blocks to copy before the step; destinations are distinct.
         forks: sequences split off by this step, those that have to wait included.
@@ -67,8 +67,8 @@ class Plan:
     @property
     def items(self) -> list[tuple[Sequence, int]]:
         """(sequence, tokens) of the step, in order."""
-        ones = [(sequence, 1) for sequence in self.decodes]
-        return ones + [(chunk.sequence, chunk.num_tokens) for chunk in self.chunks]
+        decodes = [(sequence, 1 + len(sequence.drafts)) for sequence in self.decodes]
+        return decodes + [(chunk.sequence, chunk.num_tokens) for chunk in self.chunks]
 
     def sequences(self) -> Iterator[Sequence]:
         """Every sequence that the step concerns, forks included."""
@@ -149,6 +149,7 @@ class Scheduler:
         self._slots.append(sequence.slot)
         sequence.slot = NO_SLOT
         sequence.blocks = []
+        sequence.drafts = []
         sequence.num_tabled = 0
         sequence.num_computed = 0
 
@@ -178,31 +179,78 @@ class Scheduler:
         return plan
 
     def _plan_decodes(self, plan: Plan) -> list[Sequence]:
-        """Give one token to each sequence that needs just one; gives back the others."""
+        """Give one token, and drafts, to each that needs just one; gives back the others."""
         others = []
+        spare = self.draft_budget
         budget = self.spec.max_num_batched_tokens
         block_size = self.spec.block_size
         refs = self.pool.refs
         for sequence in self.running[:]:
             computed = sequence.num_computed
             if len(sequence.token_ids) != computed + 1 or sequence.num_forks:
-                others.append(sequence)
+                if self._reserve_tail(plan, sequence):
+                    others.append(sequence)
                 continue
             if sequence.status is not Status.RUNNING or len(plan.decodes) >= budget:
                 continue
             block = computed // block_size
             held = block < len(sequence.blocks) and refs[sequence.blocks[block]] == 1
-            if held or self._reserve(plan, sequence):
+            if held or self._reserve(plan, sequence, block):
+                if sequence.drafts:
+                    spare -= self._grant_drafts(sequence, spare)
                 plan.decodes.append(sequence)
         plan.num_tokens = len(plan.decodes)
+        if spare < self.draft_budget:
+            plan.num_tokens += sum(len(sequence.drafts) for sequence in plan.decodes)
         return others
 
-    def _reserve(self, plan: Plan, sequence: Sequence) -> bool:
-        """Give a decoding sequence the block its next token is written to, all its own.
+    @property
+    def draft_budget(self) -> int:
+        """Most drafted tokens that the next step takes: each running sequence goes first, and
+        half of what is left is kept for prompts."""
+        left = self.spec.max_num_batched_tokens - len(self.running)
+        return min(max(left // 2, 0), self.spec.max_draft_rows)
+
+    def _grant_drafts(self, sequence: Sequence, most: int) -> int:
+        """Cut the drafts of a sequence to ``most`` and to the blocks that nobody needs.
+
+        Gives how many are left. A draft costs nobody a block: one for each running sequence is
+        not touched.
+        """
+        size = self.spec.block_size
+        room = len(sequence.blocks) * size - sequence.num_computed - 1
+        count = min(len(sequence.drafts), most)
+        if count > room:
+            free = max(self.pool.num_available - len(self.running), 0)
+            blocks = min(-(-(count - room) // size), free)
+            sequence.blocks += self.pool.allocate(blocks)
+            count = min(count, room + blocks * size)
+        del sequence.drafts[count:]
+        return count
+
+    def trim(self, sequence: Sequence) -> None:
+        """Give back the blocks behind the last token in the cache: its drafts were rejected."""
+        needed = -(-sequence.num_computed // self.spec.block_size)
+        if needed < len(sequence.blocks):
+            self.pool.free(sequence.blocks[needed:])
+            del sequence.blocks[needed:]
+            sequence.num_tabled = min(sequence.num_tabled, needed)
+
+    def _reserve_tail(self, plan: Plan, sequence: Sequence) -> bool:
+        """Give a sequence that got several tokens at once (a draft model's) their blocks.
+
+        False: as with `_reserve`, or it is not running any more.
+        """
+        needed = -(-len(sequence.token_ids) // self.spec.block_size)
+        while sequence.status is Status.RUNNING and len(sequence.blocks) < needed:
+            self._reserve(plan, sequence, len(sequence.blocks))
+        return sequence.status is Status.RUNNING
+
+    def _reserve(self, plan: Plan, sequence: Sequence, block: int) -> bool:
+        """Give a sequence the block that a token of it is written to, all its own.
 
         False: it lost its blocks (it is the youngest), or it can never go on.
         """
-        block = sequence.num_computed // self.spec.block_size
         while self.pool.num_available == 0:
             if self._is_own(sequence, block):  # the other holder of the block was preempted
                 return True
@@ -349,11 +397,11 @@ class Scheduler:
 
     # --- prefix cache
 
-    def commit_blocks(self, sequence: Sequence, start: int) -> None:
-        """Index the blocks filled since ``start`` tokens were computed."""
+    def commit_blocks(self, sequence: Sequence, start: int, end: int) -> None:
+        """Index the blocks filled by the tokens from ``start`` to ``end``."""
         if self.pool.enable_caching:
             block_size = self.spec.block_size
-            for number in range(start // block_size, sequence.num_computed // block_size):
+            for number in range(start // block_size, end // block_size):
                 self.pool.commit(sequence.blocks[number], self._digest(sequence, number))
 
     def _digest(self, sequence: Sequence, number: int) -> bytes:

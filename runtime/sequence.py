@@ -25,6 +25,7 @@ class Sequence:
     Attributes:
         order: number of its request in order of arrival.
         token_ids: prompt and output. ``len(token_ids) - num_computed`` tokens are still to run.
+        drafts: guesses of the next tokens; the next step runs and verifies as many as fit.
         num_computed: leading tokens whose keys and values are in the cache.
         num_scored: leading prompt tokens that have their log-probability (the first needs none).
         blocks: physical blocks, in order; their number times the block size >= ``num_computed``.
@@ -41,6 +42,7 @@ class Sequence:
         "adjust",
         "blocks",
         "digests",
+        "drafts",
         "has_adjust",
         "index",
         "max_total",
@@ -75,6 +77,7 @@ class Sequence:
         self.order = order
         self.seed = seed
         self.token_ids = list(request.prompt_token_ids)
+        self.drafts: list[int] = []
         self.num_prompt = len(self.token_ids)
         self.num_computed = 0
         self.num_scored = 1 if params.prompt_logprobs is not None else self.num_prompt

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 DEFAULT_SCORE_ROWS = 64
 
 
+def most_draft_rows(max_num_seqs: int, max_num_batched_tokens: int, max_drafts: int) -> int:
+    """Most drafted tokens of a step: half of its tokens are kept for prompts."""
+    return min(max_num_seqs * max_drafts, max_num_batched_tokens // 2)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkerSpec:
     """Sizes fixed when the worker is made.
@@ -28,8 +33,9 @@ class WorkerSpec:
         max_num_seqs: most sequences (S) of a step.
         max_model_len: most tokens of a sequence, prompt and output.
         vocab_size: token ids are below it.
-        max_score_rows: most rows a step may spend on prompt log-probabilities; rows (R) never
-            exceed ``max_num_seqs + max_score_rows``, which bounds the logits' memory.
+        max_score_rows: most rows a step may spend on prompt log-probabilities.
+        max_drafts: most drafted tokens of a sequence that a step verifies; 0: the graph has no
+            verification.
     """
 
     num_blocks: int
@@ -39,17 +45,24 @@ class WorkerSpec:
     max_model_len: int
     vocab_size: int
     max_score_rows: int = DEFAULT_SCORE_ROWS
+    max_drafts: int = 0
 
     def __post_init__(self) -> None:
         assert self.num_blocks >= 2, self
         assert min(self.block_size, self.max_num_batched_tokens, self.max_num_seqs) >= 1, self
         assert min(self.vocab_size, self.max_score_rows) >= 1, self
         assert self.max_model_len >= 2, self
+        assert self.max_drafts >= 0, self
+
+    @property
+    def max_draft_rows(self) -> int:
+        """Most drafted tokens of a step."""
+        return most_draft_rows(self.max_num_seqs, self.max_num_batched_tokens, self.max_drafts)
 
     @property
     def max_rows(self) -> int:
-        """Most logits rows (R) of a step."""
-        return self.max_num_seqs + self.max_score_rows
+        """Most logits rows (R) of a step, which bounds the logits' memory."""
+        return self.max_num_seqs + self.max_draft_rows + self.max_score_rows
 
     @property
     def max_blocks_per_seq(self) -> int:
@@ -66,12 +79,15 @@ class StepResult:
         logprobs: float32 [R, L+1] or None when no row asked; column 0 is the token of the row.
         logprob_ids: int64 [R, L+1].
         ranks: int64 [R], rank of the token of the row, 1 = most likely.
+        num_accepted: tokens to keep of each group of rows, in order of ``draw_start``; None if
+            the graph has no verification: then each group is one row.
     """
 
     token_ids: Sequence[int]
     logprobs: npt.NDArray[np.float32] | None = None
     logprob_ids: npt.NDArray[np.int64] | None = None
     ranks: npt.NDArray[np.int64] | None = None
+    num_accepted: Sequence[int] | None = None
 
 
 class Worker(Protocol):

@@ -19,6 +19,7 @@ from fxlm.compiler.step import Step
 from fxlm.runtime import machine, prepared
 from fxlm.runtime.batch import Batch
 from fxlm.runtime.compile import Compilation, Report, cache_directory, compile_for
+from fxlm.runtime.drafting import compile_draft, make_speculator
 from fxlm.runtime.engine import Engine, EngineConfig
 from fxlm.runtime.memory import MemoryPlan, plan_memory
 from fxlm.runtime.options import EngineOptions
@@ -69,17 +70,17 @@ class ModelWorker:
         if self.device.type != "cpu":
             tensors = {n: t.to(self.device, non_blocking=True) for n, t in tensors.items()}
         try:
-            ids, logprobs, logprob_ids, ranks = self._step(tensors)
+            ids, logprobs, logprob_ids, ranks, *more = self._step(tensors)
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise OutOfMemory(f"a step of {batch.sizes} ran out of memory: {error}") from error
-        if not batch.wants_logprobs:
-            return StepResult(token_ids=ids.tolist())
-        return StepResult(
-            token_ids=ids.tolist(),
-            logprobs=logprobs.cpu().numpy(),
-            logprob_ids=logprob_ids.cpu().numpy(),
-            ranks=ranks.cpu().numpy(),
-        )
+        result = StepResult(token_ids=ids.tolist())
+        if self._spec.max_drafts:
+            result.num_accepted = more[0].tolist()
+        if batch.wants_logprobs:
+            result.logprobs = logprobs.cpu().numpy()
+            result.logprob_ids = logprob_ids.cpu().numpy()
+            result.ranks = ranks.cpu().numpy()
+        return result
 
     @torch.inference_mode()
     def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
@@ -119,10 +120,19 @@ def build_engine(
     """
     set_threads(options.threads)
     compilation = compile_for(options, report=report)
-    plan = plan_memory(compilation.artifact, options)
+    draft = compile_draft(options, compilation.artifact, report)
+    plan = plan_memory(compilation.artifact, options, draft.artifact if draft else None)
     started = time.perf_counter()
     weights, origin = load_prepared(compilation, options)
     worker = ModelWorker(compilation.artifact, weights, plan.spec)
+    speculator = None
+    if options.speculative_config is not None:
+        drafting = None
+        if draft is not None:
+            assert plan.draft_spec is not None
+            drafted, _ = load_prepared(draft, options)
+            drafting = ModelWorker(draft.artifact, drafted, plan.draft_spec)
+        speculator = make_speculator(options.speculative_config, plan.spec, drafting)
     if report is not None:
         report("load weights", time.perf_counter() - started)
         _log.info("weights: %s", origin)
@@ -131,4 +141,4 @@ def build_engine(
         policy=options.scheduling_policy,
         seed=options.seed,
     )
-    return Engine(worker, config), plan, compilation
+    return Engine(worker, config, speculator), plan, compilation

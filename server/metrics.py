@@ -89,7 +89,28 @@ class EngineCollector(Collector):
             counter = CounterMetricFamily(f"vllm:{name}", text, labels=self.names)
             counter.add_metric(self.values, value)
             yield counter
+        if stats.accepted_per_position:
+            yield from self.speculation(stats)
         yield self.iterations(stats)
+
+    def speculation(self, stats: Stats) -> Iterator[Metric]:
+        """Drafted and accepted tokens, where something is drafted."""
+        for name, text, value in (
+            ("num_drafts", "Drafts verified.", stats.num_drafts),
+            ("num_draft_tokens", "Tokens drafted.", stats.num_draft_tokens),
+            ("num_accepted_tokens", "Drafted tokens accepted.", stats.num_accepted_tokens),
+        ):
+            counter = CounterMetricFamily(f"vllm:spec_decode_{name}", text, labels=self.names)
+            counter.add_metric(self.values, value)
+            yield counter
+        places = CounterMetricFamily(
+            "vllm:spec_decode_num_accepted_tokens_per_pos",
+            "Accepted tokens by their place in the draft.",
+            labels=[*self.names, "position"],
+        )
+        for position, value in enumerate(stats.accepted_per_position):
+            places.add_metric([*self.values, str(position)], value)
+        yield places
 
     def iterations(self, stats: Stats) -> Metric:
         """Tokens a step, as a histogram."""

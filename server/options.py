@@ -75,6 +75,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     add_checkpoint_options(parser)
     add_memory_options(parser)
     add_compiler_options(parser)
+    add_speculative_options(parser)
 
 
 def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
@@ -186,6 +187,17 @@ def add_point_options(group: argparse._ArgumentGroup) -> None:
         default=[],
         metavar="MODULE",
         help="let requests add a vector to what leaves this module; may be repeated",
+    )
+
+
+def add_speculative_options(parser: argparse.ArgumentParser) -> None:
+    """Tokens drafted ahead."""
+    group = parser.add_argument_group("speculative decoding")
+    group.add_argument(
+        "--speculative-config",
+        metavar="JSON",
+        help='e.g. \'{"method": "ngram", "num_speculative_tokens": 4}\' or \'{"model": "DIR"}\'; '
+        "keys as in vLLM, see docs/speculative.md",
     )
 
 

@@ -8,14 +8,18 @@ slot, a missed copy or a stale prefix gives another token (or fails an assertion
 import hashlib
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from fxlm.runtime.batch import COUNTER, NUM_LOGPROBS, SEED, TARGET, Batch
+from fxlm.runtime.drafters.base import Drafter
 from fxlm.runtime.engine import Engine, EngineConfig
+from fxlm.runtime.lengths import Lengths
 from fxlm.runtime.request import Request
-from fxlm.runtime.sequence import derive_seed
+from fxlm.runtime.sequence import Sequence, derive_seed
+from fxlm.runtime.speculator import Speculator
 from fxlm.runtime.step import StepResult, WorkerSpec
 
 VOCAB = 256
@@ -125,9 +129,24 @@ class FakeWorker:
         self.num_tokens += len(written)
         rows = [self._row(arrays, row) for row in range(len(arrays["logits_indices"]))]
         result = StepResult([token for token, _ in rows])
+        if self.spec.max_drafts:
+            result.num_accepted = self._accept(arrays, result.token_ids)
         if batch.wants_logprobs:
             self._score(result, arrays, [prefix for _, prefix in rows])
         return result
+
+    def _accept(self, arrays: dict[str, Any], tokens: Any) -> list[int]:
+        """Tokens to keep of each group, by the definition."""
+        drafts, indices = arrays["draft_ids"], arrays["logits_indices"]
+        accepted = []
+        for start in arrays["draw_start"].tolist():
+            row = start
+            while tokens[row] == drafts[row]:
+                row += 1
+                assert indices[row] == indices[row - 1] + 1, "a group is not in one piece"
+                assert arrays["input_ids"][0][indices[row]] == drafts[row - 1]
+            accepted.append(row - start + 1)
+        return accepted
 
     def _check(self, arrays: dict[str, Any], batch: Batch) -> None:
         sizes, limit = batch.sizes, self.spec
@@ -178,6 +197,41 @@ class FakeWorker:
             result.logprob_ids[row, : len(ids)] = ids
             result.logprobs[row, : len(ids)] = [score(prefix, token) for token in ids]
             result.ranks[row] = 7
+
+
+class FakeDrafter(Drafter):
+    """Knows the fake model; ``wrong`` says which guesses are spoilt.
+
+    Args:
+        wrong: called with the prefix; a spoilt guess, and what follows it, is another token.
+        most: tokens a draft, if fewer than asked for.
+    """
+
+    def __init__(self, wrong: Callable[[list[int]], bool], most: int = 99) -> None:
+        self.wrong = wrong
+        self.most = most
+        self.alive: set[Sequence] = set()
+
+    def propose(self, sequences: list[Sequence], limits: list[int]) -> list[list[int]]:
+        self.alive |= set(sequences)
+        return [self._guess(s, min(n, self.most)) for s, n in zip(sequences, limits, strict=True)]
+
+    def _guess(self, sequence: Sequence, limit: int) -> list[int]:
+        prefix = list(sequence.token_ids)
+        seed = 0 if sequence.params.is_greedy else sequence.seed
+        for _ in range(limit):
+            token = draw(prefix, seed)
+            prefix.append((token + 1) % VOCAB if self.wrong(prefix) else token)
+        return prefix[len(sequence.token_ids) :]
+
+    def finish(self, sequence: Sequence) -> None:
+        self.alive.discard(sequence)
+
+
+def speculating(worker: FakeWorker, drafter: Drafter, config: EngineConfig) -> Engine:
+    """An engine that drafts as much as the worker takes."""
+    lengths = Lengths(worker.spec.max_drafts, adaptive=False)
+    return Engine(worker, config, Speculator(drafter, lengths))
 
 
 def make_engine(

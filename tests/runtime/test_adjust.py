@@ -44,6 +44,7 @@ def recount(request: Request, output: list[int]) -> dict[int, tuple[int, float]]
     min_tokens=st.integers(0, 6),
     stops=st.lists(TOKENS, max_size=3),
     skip=st.integers(1, 3),
+    guess=st.lists(TOKENS, max_size=4),
 )
 def test_lists_equal_a_recount(
     prompt: list[int],
@@ -53,6 +54,7 @@ def test_lists_equal_a_recount(
     min_tokens: int,
     stops: list[int],
     skip: int,
+    guess: list[int],
 ) -> None:
     params = SamplingParams(
         **penalties, logit_bias=bias, min_tokens=min_tokens, stop_token_ids=stops, max_tokens=20
@@ -63,7 +65,7 @@ def test_lists_equal_a_recount(
     adjust = Adjust(request, 8)
     known = Request(request_id="a", prompt_token_ids=prompt, params=params, eos_token_ids=[3])
     for length in range(0, len(output) + 1, skip):
-        size = adjust.update(prompt + output[:length])
+        size = adjust.extend(output[adjust.num_seen - len(prompt) : length])
         ids = adjust.ids[:size].tolist()
         assert len(set(ids)) == len(ids)
         pairs = zip(adjust.counts[:size].tolist(), adjust.bias[:size].tolist(), strict=True)
@@ -71,6 +73,8 @@ def test_lists_equal_a_recount(
         got = {i: pair for i, pair in zip(ids, pairs, strict=True) if pair != neutral}
         wanted = recount(known, output[:length])
         assert got == {i: pair for i, pair in wanted.items() if pair != neutral}
+        adjust.extend(guess)  # a guess that is taken back leaves no trace
+        adjust.rewind(guess)
 
 
 def test_adjusts_of_a_batch_lie_in_their_rows_and_grow() -> None:

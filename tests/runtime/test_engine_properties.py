@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from fxlm.runtime.engine import Engine, EngineConfig
 from fxlm.runtime.request import Request
 from fxlm.runtime.sampling_params import SamplingParams
-from tests.runtime.fake import VOCAB, FakeWorker, expect, spec
+from tests.runtime.fake import VOCAB, FakeDrafter, FakeWorker, expect, spec, speculating
 
 CONTEXT = 40
 
@@ -59,8 +59,17 @@ sizes = st.fixed_dictionaries(
         "max_num_batched_tokens": st.integers(1, 20),
         "max_num_seqs": st.integers(1, 5),
         "max_score_rows": st.integers(1, 8),
+        "max_drafts": st.integers(0, 4),
     }
 )
+
+
+def make(worker: FakeWorker, caching: bool) -> Engine:
+    """With drafts, right and wrong ones, if the worker verifies."""
+    config = EngineConfig(check=True, enable_prefix_caching=caching, policy="priority")
+    if not worker.spec.max_drafts:
+        return Engine(worker, config)
+    return speculating(worker, FakeDrafter(lambda prefix: sum(prefix) % 4 == 0), config)
 
 
 class EngineMachine(RuleBasedStateMachine):
@@ -69,8 +78,7 @@ class EngineMachine(RuleBasedStateMachine):
     @initialize(sizes=sizes, caching=st.booleans())
     def start(self, sizes: dict[str, int], caching: bool) -> None:
         self.worker = FakeWorker(spec(max_model_len=CONTEXT, **sizes))
-        config = EngineConfig(check=True, enable_prefix_caching=caching, policy="priority")
-        self.engine = Engine(self.worker, config)
+        self.engine = make(self.worker, caching)
         self.requests: dict[str, Request] = {}
         self.got: dict[tuple[str, int], list[int]] = {}
         self.ended: dict[tuple[str, int], str] = {}
@@ -138,7 +146,7 @@ def test_every_request_finishes_in_bounded_steps(
 ) -> None:
     """Each step runs at least one token, and a token runs again only after a preemption."""
     worker = FakeWorker(spec(max_model_len=CONTEXT, **sizes))
-    engine = Engine(worker, EngineConfig(check=True, policy="priority"))
+    engine = make(worker, caching=True)
     total = 0
     for number, request in enumerate(wanted):
         engine.add_request(Request(**{**_fields(request), "request_id": str(number)}))

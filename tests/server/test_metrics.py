@@ -5,7 +5,8 @@ import logging
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from fxlm.server.metrics import token_buckets
+from fxlm.runtime.messages import Stats
+from fxlm.server.metrics import EngineCollector, token_buckets
 from tests.server.conftest import Running, Starter
 from tests.server.fake import REPLY
 from tests.server.test_errors import CHAT, TEXT, post
@@ -54,6 +55,32 @@ def read(server: Running) -> tuple[set[str], dict[str, float]]:
                 assert sample.labels["model_name"] == "fake"
                 assert sample.labels["engine"] == "0"
     return {family.name for family in families}, samples
+
+
+def test_speculation_is_told_where_something_is_drafted() -> None:
+    stats = Stats()
+    labels = {"model_name": "m", "engine": "0"}
+    collector = EngineCollector(lambda: stats, labels)
+
+    def samples() -> dict[str, float]:
+        return {
+            " ".join([s.name, s.labels.get("position", "")]).strip(): s.value
+            for family in collector.collect()
+            for s in family.samples
+            if "spec_decode" in s.name
+        }
+
+    assert samples() == {}
+    stats.num_drafts, stats.num_draft_tokens, stats.num_accepted_tokens = 3, 8, 5
+    stats.accepted_per_position = [3, 2, 0]
+    assert samples() == {
+        "vllm:spec_decode_num_drafts_total": 3,
+        "vllm:spec_decode_num_draft_tokens_total": 8,
+        "vllm:spec_decode_num_accepted_tokens_total": 5,
+        "vllm:spec_decode_num_accepted_tokens_per_pos_total 0": 3,
+        "vllm:spec_decode_num_accepted_tokens_per_pos_total 1": 2,
+        "vllm:spec_decode_num_accepted_tokens_per_pos_total 2": 0,
+    }
 
 
 def test_names(running: Running) -> None:

@@ -1,0 +1,1 @@
+"""Drafters: whoever guesses the next tokens of a sequence, one file each, one interface."""

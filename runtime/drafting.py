@@ -1,0 +1,98 @@
+"""From options to a speculator: the drafter that a config asks for.
+
+Here: `compile_draft`, `make_speculator`. Not here: drafters (``drafters``), their memory
+(``memory``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fxlm.compiler.artifact import Artifact
+from fxlm.compiler.errors import InvalidOption
+from fxlm.runtime.compile import Compilation, Report, compile_for
+from fxlm.runtime.drafters.base import Drafter
+from fxlm.runtime.drafters.custom import FIELD, custom_drafter
+from fxlm.runtime.drafters.draft_model import ModelDrafter
+from fxlm.runtime.drafters.ngram import NgramDrafter
+from fxlm.runtime.drafters.suffix import SuffixDrafter
+from fxlm.runtime.lengths import Lengths
+from fxlm.runtime.options import EngineOptions
+from fxlm.runtime.speculative_config import SpeculativeConfig
+from fxlm.runtime.speculator import Speculator
+from fxlm.runtime.step import Worker, WorkerSpec
+
+
+def draft_options(options: EngineOptions) -> EngineOptions | None:
+    """Options of the draft model's own compilation; None if no model drafts."""
+    config = options.speculative_config
+    if config is None or config.kind != "draft_model":
+        return None
+    eager = options.enforce_eager if config.enforce_eager is None else config.enforce_eager
+    return replace(
+        options,
+        model=str(config.model),
+        revision=config.revision,
+        max_model_len=config.max_model_len,
+        enforce_eager=eager,
+        passes=(),
+        disable_passes=(),
+        tap=(),
+        steer=(),
+        quantization=config.quantization,
+        speculative_config=None,
+    )
+
+
+def compile_draft(
+    options: EngineOptions, target: Artifact, report: Report | None = None
+) -> Compilation | None:
+    """Find or make the artifact of the draft model; None if no model drafts.
+
+    Raises:
+        InvalidOption: its tokens are not the target's.
+    """
+    own = draft_options(options)
+    if own is None:
+        return None
+    compilation = compile_for(own, report=report)
+    sizes = [int(a.manifest["model"]["vocab_size"]) for a in (target, compilation.artifact)]
+    if sizes[0] != sizes[1]:
+        raise InvalidOption(
+            FIELD, own.model,
+            f"it has a vocabulary of {sizes[1]} tokens and {options.model} one of {sizes[0]}: "
+            "a draft model needs the target's tokenizer",
+        )  # fmt: skip
+    return compilation
+
+
+def make_speculator(
+    config: SpeculativeConfig, spec: WorkerSpec, draft: Worker | None = None
+) -> Speculator:
+    """The speculator of an engine.
+
+    Args:
+        config: what to draft with.
+        spec: of the target's worker.
+        draft: worker of the draft model, if one drafts.
+    """
+    lengths = Lengths(config.most, adaptive=config.adaptive)
+    return Speculator(_drafter(config, spec, draft), lengths)
+
+
+def _drafter(config: SpeculativeConfig, spec: WorkerSpec, draft: Worker | None) -> Drafter:
+    match config.kind:
+        case "ngram":
+            return NgramDrafter(*config.lookup)
+        case "suffix":
+            return SuffixDrafter(
+                max_depth=config.suffix_decoding_max_tree_depth,
+                max_cached_requests=config.suffix_decoding_max_cached_requests,
+                max_spec_factor=config.suffix_decoding_max_spec_factor,
+                min_token_prob=config.suffix_decoding_min_token_prob,
+            )
+        case "custom_class":
+            return custom_drafter(config, spec)
+        case "draft_model":
+            assert draft is not None, config
+            return ModelDrafter(draft)

@@ -1,0 +1,130 @@
+"""Between engine and drafter: for whom is drafted, how much, and what becomes of a bad drafter.
+
+Here: `Speculator`. Not here: guessing (``drafters``), lengths that pay (``lengths``), blocks and
+budget for drafts (``scheduler``), verification (the graph).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from fxlm.runtime.drafters.base import Drafter
+from fxlm.runtime.lengths import Lengths
+from fxlm.runtime.scheduler import Plan, Scheduler
+from fxlm.runtime.sequence import Sequence
+
+_log = logging.getLogger(__name__)
+
+Clock = Callable[[], float]
+
+
+class Speculator:
+    """Fills the ``drafts`` of sequences before a step is planned.
+
+    A drafter that raises or returns nonsense is switched off with a warning; the requests go on
+    without drafts and lose nothing but speed.
+
+    Args:
+        drafter: guesses.
+        lengths: how many tokens to ask for.
+        clock: seconds that only grow.
+    """
+
+    def __init__(
+        self, drafter: Drafter, lengths: Lengths, clock: Clock = time.perf_counter
+    ) -> None:
+        self.drafter: Drafter | None = drafter
+        self.lengths = lengths
+        self._clock = clock
+        self._started = 0.0
+
+    def draft(self, scheduler: Scheduler) -> None:
+        """Give every running sequence that is about to draw its drafts; others get none."""
+        ready = []
+        for sequence in scheduler.running:
+            sequence.drafts = []
+            if len(sequence.token_ids) == sequence.num_computed + 1 and not sequence.num_forks:
+                ready.append(sequence)
+        if self.drafter is None or not ready:
+            return
+        share = scheduler.draft_budget // len(ready)
+        limits = [
+            min(length, share, sequence.max_total - len(sequence.token_ids) - 1)
+            for sequence, length in zip(ready, self.lengths.choose(ready), strict=True)
+        ]
+        asked = [(s, limit) for s, limit in zip(ready, limits, strict=True) if limit > 0]
+        if asked:
+            self._propose(asked, scheduler.spec.vocab_size)
+
+    def _propose(self, asked: list[tuple[Sequence, int]], vocab_size: int) -> None:
+        assert self.drafter is not None
+        started = self._clock()
+        try:
+            found = self.drafter.propose([s for s, _ in asked], [limit for _, limit in asked])
+            drafts = _checked(found, asked, vocab_size)
+        except Exception as error:  # whatever a drafter, a user's perhaps, raises
+            self._switch_off(error)
+            return
+        depth = max(map(len, drafts))
+        if depth:
+            self.lengths.note_draft(depth, self._clock() - started)
+        for (sequence, _), tokens in zip(asked, drafts, strict=True):
+            sequence.drafts = tokens
+
+    def _switch_off(self, error: Exception) -> None:
+        assert self.drafter is not None
+        name = self.drafter.name or type(self.drafter).__name__
+        self.drafter = None
+        _log.warning(
+            "%s failed; nothing is drafted any more and requests go on without: %s: %s",
+            name, type(error).__name__, error, exc_info=error,
+        )  # fmt: skip
+
+    # --- what came of it
+
+    def start(self) -> None:
+        """A step begins to run."""
+        self._started = self._clock()
+
+    def stop(self, plan: Plan) -> None:
+        """It ended."""
+        if not plan.chunks:
+            self.lengths.note_step(plan.num_tokens, self._clock() - self._started)
+
+    def note(self, sequence: Sequence, num_accepted: int) -> None:
+        """``num_accepted`` of the sequence's drafts were right."""
+        self.lengths.note_verified(sequence, len(sequence.drafts), num_accepted)
+
+    def finish(self, sequence: Sequence) -> None:
+        """A sequence ended."""
+        self.lengths.finish(sequence)
+        try:
+            if self.drafter is not None:
+                self.drafter.finish(sequence)
+        except Exception as error:  # as above
+            self._switch_off(error)
+
+
+def _checked(
+    found: list[list[int]], asked: list[tuple[Sequence, int]], vocab_size: int
+) -> list[list[int]]:
+    """Drafts as plain numbers, cut to what was asked for and before a token that ends it all.
+
+    The last token needs no draft: the row before draws it anyway.
+    """
+    if len(found) != len(asked):
+        raise ValueError(f"it was asked for {len(asked)} drafts and gave {len(found)}")
+    drafts = []
+    for (sequence, limit), tokens in zip(asked, found, strict=True):
+        draft: list[int] = []
+        for token in list(tokens)[:limit]:
+            number = int(token)
+            if not 0 <= number < vocab_size:
+                raise ValueError(f"token {token} is outside the vocabulary, 0..{vocab_size - 1}")
+            if number in sequence.stop_ids:
+                break
+            draft.append(number)
+        drafts.append(draft)
+    return drafts

@@ -1,0 +1,104 @@
+"""How long drafts get, under costs that a test sets."""
+
+from collections.abc import Callable
+
+from fxlm.runtime.lengths import MOST_PATIENCE, PROBE, Lengths
+from fxlm.runtime.request import Request
+from fxlm.runtime.sequence import Sequence
+
+
+def sequences(count: int) -> list[Sequence]:
+    return [
+        Sequence(Request(request_id=str(i), prompt_token_ids=[1]), order=i, seed=0, max_model_len=9)
+        for i in range(count)
+    ]
+
+
+def simulate(
+    lengths: Lengths,
+    given: list[Sequence],
+    accepts: Callable[[int, int], int],
+    *,
+    steps: int = 300,
+    base: float = 1.0,
+    slope: float = 0.02,
+    round_s: float = 0.0,
+) -> list[list[int]]:
+    """Run steps of these costs; ``accepts(i, k)`` of k tokens of sequence i are right."""
+    history = []
+    for _ in range(steps):
+        chosen = lengths.choose(given)
+        history.append(chosen)
+        if max(chosen):
+            lengths.note_draft(max(chosen), round_s * max(chosen))
+        lengths.note_step(len(given) + sum(chosen), base + slope * (len(given) + sum(chosen)))
+        for index, (sequence, length) in enumerate(zip(given, chosen, strict=True)):
+            if length:
+                lengths.note_verified(sequence, length, accepts(index, length))
+    return history
+
+
+def test_cheap_and_right_drafts_get_long() -> None:
+    history = simulate(Lengths(5), sequences(1), lambda i, k: k)
+    assert history[0] == [0]  # a plain step first, to know its cost
+    assert all(k == [5] for k in history[20:] if k != [0])
+    assert sum(k == [0] for k in history) < 10
+
+
+def test_wrong_drafts_stop_and_are_tried_ever_more_seldom() -> None:
+    history = simulate(Lengths(5), sequences(1), lambda i, k: 0, steps=3000)
+    tries = [step for step, chosen in enumerate(history) if chosen[0] and step > 100]
+    assert 3 <= len(tries) <= 20
+    assert {history[step][0] for step in tries} == {PROBE}
+    assert tries[-1] - tries[-2] > MOST_PATIENCE / 2
+
+
+def test_drafting_comes_back_when_it_pays_again() -> None:
+    lengths, given = Lengths(4), sequences(1)
+    simulate(lengths, given, lambda i, k: 0, steps=200)
+    history = simulate(lengths, given, lambda i, k: k, steps=600)
+    assert history[-1][0] == 4 or history[-2][0] == 4
+
+
+def test_a_slow_drafter_is_given_up() -> None:
+    history = simulate(Lengths(5), sequences(1), lambda i, k: k, round_s=2.0)
+    assert sum(chosen[0] for chosen in history[100:]) < 20
+
+
+def test_full_steps_leave_no_room_for_drafts() -> None:
+    """Where every token costs its time, a draft must be nearly certain."""
+    history = simulate(Lengths(5), sequences(4), lambda i, k: k // 2, base=0.01, slope=1.0)
+    late = [sum(chosen) for chosen in history[200:]]
+    assert sum(late) / len(late) < 1.0
+
+
+def test_each_sequence_has_its_own_length() -> None:
+    history = simulate(Lengths(6), sequences(3), lambda i, k: [0, 1, k][i], slope=0.08)
+    settled = [chosen for chosen in history[150:] if max(chosen)]
+    mean = [sum(column) / len(settled) for column in zip(*settled, strict=True)]
+    assert mean[0] < 0.5 < mean[1] < 4 < mean[2]
+
+
+def test_fixed_lengths_never_change() -> None:
+    history = simulate(Lengths(3, adaptive=False), sequences(2), lambda i, k: 0, steps=20)
+    assert history == [[3, 3]] * 20
+
+
+def test_costs_are_a_line_through_what_was_seen() -> None:
+    lengths = Lengths(4)
+    for size in (1, 5, 3, 5):
+        lengths.note_step(size, 0.5 + 0.1 * size)
+    base, slope = lengths.costs()
+    assert abs(base - 0.5) < 1e-9
+    assert abs(slope - 0.1) < 1e-9
+    lengths.note_step(1, 60.0)  # one that was held up is not counted
+    lengths.note_step(1, 0.6)
+    assert abs(lengths.costs()[1] - 0.1) < 1e-9
+
+
+def test_what_ended_is_forgotten() -> None:
+    lengths, given = Lengths(4), sequences(2)
+    simulate(lengths, given, lambda i, k: k, steps=5)
+    for sequence in given:
+        lengths.finish(sequence)
+    assert not lengths._records
