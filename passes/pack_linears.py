@@ -12,8 +12,8 @@ after:   e = fxlm.packed_rows(p, ids, K)
 The layout is that of `fxlm.compiler.ops.linear`. A linear is left alone if its weight depends on
 tokens, has another type than x, or serves other ops too (it would then be held twice).
 
-In the column only where it pays (`fxlm.runtime.compile.packing`): on a CPU without AMX, in
-bfloat16 or float32. oneDNN's AMX kernels are better than ours for many rows; ours come later.
+In the column only where it pays (`fxlm.runtime.compile.packing`): on a CPU with our kernels, in
+bfloat16 or float32.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ import torch
 from fxlm.compiler.artifact import dtype_name
 from fxlm.compiler.errors import InvalidOption
 from fxlm.compiler.ops import cpu_implementation
-from fxlm.compiler.ops.build import cpu_flags
+from fxlm.compiler.ops.build import REFERENCE, cpu_flags
 from fxlm.compiler.options import CompileOptions, resolve_cache_dtype, resolve_dtype
 from fxlm.compiler.pipeline import GraphPass, disable, order
 from fxlm.compiler.program import Facts, Program
@@ -149,9 +149,11 @@ def packing(options: CompileOptions, dtype: torch.dtype) -> tuple[bool, str]:
         return False, f"there are no kernels for {options.device}"
     if dtype not in (torch.float32, torch.bfloat16):
         return False, f"oneDNN serves {dtype_name(dtype)}"
-    if "amx_bf16" in cpu_flags():
-        return False, "this CPU has AMX, which oneDNN uses and our kernels do not yet"
     isa = cpu_implementation()
-    if isa not in ("avx512bf16", "avx512", "avx2"):
+    if "amx_bf16" in cpu_flags() and isa != "amx":
+        return False, f"this CPU has AMX, which oneDNN uses and the kernels ({isa}) do not"
+    if isa in ("generic", REFERENCE):
         return False, f"the kernels of this CPU ({isa}) are not fast"
+    if isa == "amx":
+        return True, "the AMX kernels take them, untried on hardware: --disable-pass pack_linears"
     return True, f"the kernels ({isa}) read packed weights as one stream"

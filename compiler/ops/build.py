@@ -50,6 +50,7 @@ COMMON = [
 UNITS = {
     "attention.cpp": ("-O3",),
     "linear.cpp": ("-O3",),
+    "linear_tiles.cpp": ("-O3",),
     "sample.cpp": ("-O3", "-ffp-contract=off"),
     "quantized.cpp": ("-O3", "-ffp-contract=off"),
     "quantized_pack.cpp": ("-O3",),
@@ -60,10 +61,14 @@ UNITS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Isa:
-    """An instruction set: compiler flags, and what /proc/cpuinfo must list for it to run."""
+    """An instruction set: compiler flags, and what /proc/cpuinfo must list for it to run.
+
+    One that is ``for_tests`` is used where FXLM_CPU_ISA names it, and nowhere else.
+    """
 
     flags: tuple[str, ...]
     needs: frozenset[str]
+    for_tests: bool = False
 
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi2")
@@ -77,18 +82,22 @@ _NEEDS_AVX512 = _NEEDS_AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "a
 
 _VNNI = (*_AVX512, "-mavx512vnni")
 _NEEDS_VNNI = _NEEDS_AVX512 | {"avx512_vnni"}
+_BF16 = (*_VNNI, "-mavx512bf16", "-mavx512vbmi")
+_NEEDS_BF16 = _NEEDS_VNNI | {"avx512_bf16", "avx512vbmi"}
 
-# Best first; the last runs on anything, of any architecture.
+# Best first; ``generic`` runs on anything, of any architecture. The tests' own: AMX in software.
 ISAS = {
-    "avx512bf16": Isa(
-        flags=(*_VNNI, "-mavx512bf16", "-mavx512vbmi"),
-        needs=_NEEDS_VNNI | {"avx512_bf16", "avx512vbmi"},
+    "amx": Isa(
+        flags=(*_BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
+        needs=_NEEDS_BF16 | {"amx_tile", "amx_bf16", "amx_int8"},
     ),
+    "avx512bf16": Isa(flags=_BF16, needs=_NEEDS_BF16),
     "avx512vnni": Isa(flags=_VNNI, needs=_NEEDS_VNNI),
     "avx512": Isa(flags=_AVX512, needs=_NEEDS_AVX512),
     "avxvnni": Isa(flags=(*_AVX2, "-mavxvnni"), needs=_NEEDS_AVX2 | {"avx_vnni"}),
     "avx2": Isa(flags=_AVX2, needs=_NEEDS_AVX2),
     "generic": Isa(flags=(), needs=frozenset()),
+    "amxemulated": Isa(flags=(*_AVX2, "-DFXLM_EMULATED_TILES"), needs=_NEEDS_AVX2, for_tests=True),
 }
 
 
@@ -136,7 +145,7 @@ def usable_isas() -> list[str]:
     usable = [name for name, isa in ISAS.items() if isa.needs <= present]
     override = os.environ.get("FXLM_CPU_ISA", "")
     if not override:
-        return usable
+        return [name for name in usable if not ISAS[name].for_tests]
     if override == REFERENCE:
         return []
     if override not in usable:
@@ -269,7 +278,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--isa", choices=[*ISAS, "all"], help="default: the best of this CPU")
     chosen = parser.parse_args().isa
-    names = list(ISAS) if chosen == "all" else [chosen or usable_isas()[0]]
+    served = [name for name, isa in ISAS.items() if not isa.for_tests]
+    names = served if chosen == "all" else [chosen or usable_isas()[0]]
     for name in names:
         began = time.perf_counter()
         path = build(name)

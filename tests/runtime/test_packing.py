@@ -28,12 +28,16 @@ def test_packed_where_it_pays(plain_cpu: pytest.MonkeyPatch) -> None:
     assert not packing(CompileOptions(device="cuda"), torch.bfloat16)[0]
 
 
-def test_not_packed_where_the_cpu_has_tiles(plain_cpu: pytest.MonkeyPatch) -> None:
+def test_not_packed_where_the_cpu_has_tiles_that_the_kernels_do_not_use(
+    plain_cpu: pytest.MonkeyPatch,
+) -> None:
     plain_cpu.setattr(compiling, "cpu_flags", lambda: frozenset({"avx2", "amx_bf16"}))
     packs, why = packing(CompileOptions(), torch.bfloat16)
     assert not packs
     assert "AMX" in why
     assert packing(CompileOptions(pack_weights=True), torch.bfloat16) == (True, "asked for")
+    plain_cpu.setattr(compiling, "cpu_implementation", lambda: "amx")
+    assert packing(CompileOptions(), torch.bfloat16)[0]
 
 
 @pytest.mark.parametrize("kernels", ["reference", "generic"])

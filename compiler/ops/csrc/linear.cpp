@@ -16,6 +16,7 @@
 #include <cstring>
 #include <vector>
 
+#include "linear_rows.h"
 #include "pages.h"
 #include "parallel.h"
 #include "product.h"
@@ -33,9 +34,6 @@ constexpr int64_t kBlock = 64, kManyBlock = 128, kManyRows = 24;
 // From here on x is what must be kept close: a block of it serves two panels in turn.
 constexpr int64_t kPairRows = 48;
 constexpr int64_t kAhead = 16;       // steps that a single tile prefetches ahead
-constexpr int64_t kSerialWork = 1 << 14;  // less is done before another thread has woken up
-
-constexpr int64_t ceil_div(int64_t x, int64_t by) { return (x + by - 1) / by; }
 
 // Lines [first, last) of each step, `distance` bytes on from what is read.
 struct Ahead {
@@ -136,12 +134,6 @@ inline void put(A* row, int64_t k, T value) {
   std::memcpy(reinterpret_cast<char*>(row) + k * 4, &wide, 4);
 }
 
-float* aligned(std::vector<float>& buffer, size_t count) {
-  if (buffer.size() < count + 16) buffer.resize(count + 16);
-  const auto address = reinterpret_cast<uintptr_t>(buffer.data());
-  return buffer.data() + ((address + 63) / 64 * 64 - address) / 4;
-}
-
 // ---- the layer --------------------------------------------------------------------------------
 
 template <class T, class B>
@@ -164,40 +156,29 @@ class Linear {
     static thread_local std::vector<float> buffer;
     a_ = reinterpret_cast<A*>(
         aligned(buffer, blocks * block_ * args_.num_rows * (sizeof(A) / sizeof(float))));
-    const bool serial = panels_ * steps_ * (args_.num_rows + 4) < kSerialWork;
-    const int64_t threads = serial ? 1 : num_threads();
-    each(threads, ceil_div(args_.num_rows, kPackRows), [&](int64_t i) {
-      const int64_t last = std::min(args_.num_rows, (i + 1) * kPackRows);
-      for (int64_t row = i * kPackRows; row < last; ++row) pack_row(row);
+    const int64_t threads = threads_for(args_, panels_ * steps_);
+    runs(threads, ceil_div(args_.num_rows, kPackRows), [&](int64_t first, int64_t last) {
+      const int64_t end = std::min(args_.num_rows, last * kPackRows);
+      for (int64_t row = first * kPackRows; row < end; ++row) pack_row(row);
     });
-    // Neighbouring panels are one item, so that what is prefetched is used; rows are cut where
-    // the panels alone would leave threads idle.
-    const int64_t group = std::max<int64_t>(1, panels_ / (8 * threads));
-    const int64_t groups = ceil_div(panels_, group);
+    // Rows are cut where the panels alone would leave threads idle.
+    const int64_t groups = ceil_div(panels_, together_);
     const int64_t pieces = std::max(ceil_div(args_.num_rows, kChunk),
                                     std::min(ceil_div(2 * threads, groups),
                                              ceil_div(args_.num_rows, 8 * kTile)));
     const int64_t chunk = ceil_div(ceil_div(args_.num_rows, pieces), kTile) * kTile;
     const int64_t chunks = ceil_div(args_.num_rows, chunk);
-    each(threads, groups * chunks, [&](int64_t i) {
-      const int64_t first = i % chunks * chunk, panel = i / chunks * group;
-      const int64_t last = std::min(panels_, panel + group);
-      for (int64_t p = panel; p < last; p += together_)
-        some_panels(p, std::min(together_, last - p), first,
-                    std::min(chunk, args_.num_rows - first));
+    runs(threads, groups * chunks, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t row = i % chunks * chunk, panel = i / chunks * together_;
+        some_panels(panel, std::min(together_, panels_ - panel), row,
+                    std::min(chunk, args_.num_rows - row));
+      }
     });
   }
 
  private:
   static constexpr int64_t kPackRows = 16;
-
-  template <class Body>
-  static void each(int64_t threads, int64_t count, const Body& body) {
-    if (threads > 1 && count > 1)
-      for_each_item(count, body);
-    else
-      for (int64_t i = 0; i < count; ++i) body(i);
-  }
 
   // Row of x -> a_[block][row][block_]; zeros behind the last input of an odd number.
   void pack_row(int64_t row) {
@@ -228,7 +209,8 @@ class Linear {
       }
     for (int64_t i = 0; i < panels; ++i)
       for (int64_t row = 0; row < count; ++row)
-        finish(sums + (i * count + row) * kPanel, (panel + i) * kPanel, first + row);
+        finish<T>(args_, sums + (i * count + row) * kPanel, (panel + i) * kPanel,
+                  first + row);
   }
 
   // `next`: steps from this block to the one that is read after it.
@@ -245,18 +227,6 @@ class Linear {
       any_tile(rows, a + row * block_, int(block_), b, steps, sums + row * kPanel);
       row += rows;
     }
-  }
-
-  void finish(const float* sums, int64_t column, int64_t row) {
-    T* out = static_cast<T*>(args_.out) + row * args_.outputs + column;
-    const T* bias = args_.bias ? static_cast<const T*>(args_.bias) + column : nullptr;
-    const int count = int(std::min(kPanel, args_.outputs - column));
-    int i = 0;
-    for (; i + W <= count; i += W)
-      store(out + i, bias ? load(sums + i) + load(bias + i) : load(sums + i));
-    if (i == count) return;
-    const vf last = load(sums + i);
-    store_part(out + i, bias ? last + load_part(bias + i, count - i) : last, count - i);
   }
 
   const PackedLinear& args_;
@@ -351,6 +321,7 @@ void packed_linear(const PackedLinear& args) {
     case Dtype::f32:
       return Linear<float, SingleFloats>(args).run();
     case Dtype::bf16:
+      if (tiled_linear(args)) return;
       return Linear<Bf16, PairedBf16>(args).run();
     case Dtype::f16:
       return Linear<F16, SingleHalves>(args).run();

@@ -43,6 +43,7 @@ struct PackedRows {
 
 void pack_weight(const PackWeight& args);
 void packed_linear(const PackedLinear& args);
+bool tiled_linear(const PackedLinear& args);  // bf16 on AMX; false: not done, there is none
 void packed_rows(const PackedRows& args);
 
 }  // namespace fxlm

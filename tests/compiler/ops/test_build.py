@@ -30,6 +30,15 @@ def test_the_best_isa_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
         (avx512 | {"avx512_vnni", "avx512_bf16"}, "avx512vnni"),  # Cooper Lake
         (avx512 | {"avx512_vnni", "avx512_bf16", "avx512vbmi"}, "avx512bf16"),
         (avx2 | {"avx_vnni"}, "avxvnni"),
+        (
+            avx512 | {"avx512_vnni", "avx512_bf16", "avx512vbmi", "amx_tile", "amx_bf16"},
+            "avx512bf16",
+        ),
+        (
+            avx512
+            | {"avx512_vnni", "avx512_bf16", "avx512vbmi", "amx_tile", "amx_bf16", "amx_int8"},
+            "amx",
+        ),
         (avx2 | {"avx512f"}, "avx2"),
     ):
         monkeypatch.setattr(build, "cpu_flags", lambda flags=flags: frozenset(flags))
@@ -44,6 +53,14 @@ def test_an_override_that_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch)
         build.usable_isas()
     monkeypatch.setenv("FXLM_CPU_ISA", "reference")
     assert build.usable_isas() == []
+
+
+def test_an_isa_for_tests_must_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "cpu_flags", lambda: frozenset({"avx2", "fma", "f16c", "bmi2"}))
+    monkeypatch.delenv("FXLM_CPU_ISA", raising=False)
+    assert build.usable_isas() == ["avx2", "generic"]
+    monkeypatch.setenv("FXLM_CPU_ISA", "amxemulated")
+    assert build.usable_isas() == ["amxemulated"]
 
 
 def test_another_machine_has_no_flags(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +157,8 @@ def test_every_isa_passes_the_numeric_tests(isa: str, registered: str) -> None:
         pytest.skip("this CPU does not run it, or it is what the other tests use")
     chosen = "kernel or naive_loop or no_bit or plain_python or logprobs or without_a_number"
     names = ("attention", "linear", "quantized_kernels", "sample")
-    files = [str(TESTS / f"test_{name}.py") for name in names]
+    ours = ("linear",) if build.ISAS[isa].for_tests else names
+    files = [str(TESTS / f"test_{name}.py") for name in ours]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", "-k", chosen, *files],
         capture_output=True,
@@ -149,3 +167,25 @@ def test_every_isa_passes_the_numeric_tests(isa: str, registered: str) -> None:
         cwd=TESTS.parents[2],
     )
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_where_the_system_denies_tiles_vectors_serve() -> None:
+    """The library for AMX on a CPU that has all it needs but AMX."""
+    flags = build.cpu_flags()
+    if build.ISAS["avx512bf16"].needs - flags or "amx_tile" in flags:
+        pytest.skip("needs AVX512-BF16 without AMX")
+    script = (
+        "import torch\n"
+        "from fxlm.compiler import ops\n"
+        "from fxlm.compiler.ops import build\n"
+        "build.cpu_flags = lambda: build.ISAS['amx'].needs\n"
+        "print(ops.cpu_implementation())\n"
+        "x, w = torch.ones(3, 70).bfloat16(), torch.ones(65, 70).bfloat16()\n"
+        "packed = torch.ops.fxlm.pack_weight(w)\n"
+        "print(torch.ops.fxlm.packed_linear(x, packed, None, 65).unique().tolist())\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "FXLM_CPU_ISA"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment
+    )
+    assert done.stdout == "amx\n[70.0]\n", done.stderr
