@@ -58,7 +58,9 @@ def test_equals(model_type: str, tied: bool) -> None:
 
 
 def test_packing_happens_while_loading_and_nothing_is_held_twice() -> None:
-    program = pipeline.run(captured(tie_word_embeddings=True), COLUMN[1:])
+    asked_for = ("bind_checkpoint", "quantize", "steer", "tap")
+    passes = [item for item in COLUMN if item.name not in asked_for]
+    program = pipeline.run(captured(tie_word_embeddings=True), passes)
     cut = hoist(program)
     assert len([n for n in cut.load.nodes if n.target is fxlm.pack_weight.default]) == 9
     assert not [n for n in cut.step.nodes if n.target is fxlm.pack_weight.default]
