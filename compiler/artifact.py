@@ -172,8 +172,12 @@ def writing(path: Path) -> Iterator[Path]:
     """A temporary directory that becomes ``path`` if the block succeeds.
 
     An artifact that stands there already is replaced; readers see the old one or the new one.
+    The caller holds the lock (`locked`): what a process that was killed left here is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{path.name}.*"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
     work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         yield work

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +22,27 @@ import torch
 from fxlm.compiler import artifact as artifacts
 from fxlm.compiler import key as keys
 from fxlm.compiler.artifact import Artifact, dtype_name
-from fxlm.compiler.errors import ArtifactError, InvalidOption
+from fxlm.compiler.errors import InvalidOption
 from fxlm.compiler.options import CompileOptions
 from fxlm.compiler.program import Program
 from fxlm.models.checkpoint import Checkpoint, open_checkpoint
-from fxlm.models.rope import follows_length
 from fxlm.runtime import machine
-from fxlm.runtime.front import column_of, front, resolved
+from fxlm.runtime.cache import (
+    Miss,
+    Target,
+    cache_directory,
+    eager,
+    look_up,
+    open_frozen,
+    target_of,
+)
+from fxlm.runtime.front import front
 from fxlm.runtime.options import EngineOptions, compile_options, from_mapping
 
 _log = logging.getLogger(__name__)
 
 Report = Callable[[str, float], None]
+OnGraph = Callable[[Artifact], None]
 
 # What an artifact's directory holds, and nothing else.
 PARTS = {
@@ -60,24 +68,21 @@ class Compilation:
     Attributes:
         artifact: opened and checked.
         checkpoint: what it was made from, open.
-        cached: whether it was there already.
+        miss: why it was made now; None if it was there already.
         seconds: of each stage, by name.
         program: the final program, if it was compiled now.
     """
 
     artifact: Artifact
     checkpoint: Checkpoint
-    cached: bool
+    miss: Miss | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     program: Program | None = None
 
-
-def cache_directory(choice: str | Path | None = None) -> Path:
-    """Where artifacts are kept: the choice, or ``$XDG_CACHE_HOME/fxlm``, or ``~/.cache/fxlm``."""
-    if choice is not None:
-        return Path(choice).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "fxlm"
+    @property
+    def cached(self) -> bool:
+        """Whether it was there already."""
+        return self.miss is None
 
 
 def compile_model(
@@ -87,6 +92,7 @@ def compile_model(
     cache_dir: Path | None = None,
     output: Path | None = None,
     report: Report | None = None,
+    on_graph: OnGraph | None = None,
 ) -> Compilation:
     """Find or make the artifact of a checkpoint.
 
@@ -96,46 +102,55 @@ def compile_model(
         cache_dir: see `cache_directory`.
         output: put the artifact here instead of into the cache.
         report: called with (stage, seconds) as each stage ends.
+        on_graph: called with an artifact of the same graphs, uncompiled, before they are compiled.
 
     Raises:
         UnsupportedModel, PassError, InvalidOption: the model or the passes are at fault.
     """
-    options, dtype = resolved(checkpoint, options)
-    column = column_of(options)
-    length = options.max_model_len if follows_length(checkpoint.config) else None
-    factors = keys.factors(checkpoint.digest(), dtype_name(dtype), options, column, length)
-    key = keys.digest(factors)
     root = cache_directory(cache_dir)
-    path = output.resolve() if output is not None else root / "artifacts" / key[:32]
+    target = target_of(checkpoint, options, root, output)
     if output is not None:
-        _refuse_foreign(path)
-    with artifacts.locked(path):
-        found = _existing(path, key)
-        if found is not None:
-            return Compilation(artifact=found, checkpoint=checkpoint, cached=True)
-        _require_writable(path.parent, "--cache-dir" if output is None else "--output")
-        pool = root / "regions"
+        _refuse_foreign(target.path)
+    with artifacts.locked(target.path):
+        found = look_up(target)
+        if isinstance(found, Artifact):
+            return Compilation(artifact=found, checkpoint=checkpoint)
+        _log.info("compiling: %s", found.text)
+        _require_writable(target.path.parent, "--cache-dir" if output is None else "--output")
         with _no_collection():
-            return _Compiler(checkpoint, options, factors, pool, report).run(path)
+            run = _Compiler(checkpoint, target, root / "regions", report, on_graph)
+            return replace(run.run(), miss=found)
 
 
 def compile_for(
-    options: EngineOptions, *, output: Path | None = None, report: Report | None = None
+    options: EngineOptions,
+    *,
+    output: Path | None = None,
+    report: Report | None = None,
+    on_graph: OnGraph | None = None,
 ) -> Compilation:
     """Open the checkpoint that an engine's options name, and find or make its artifact.
 
     Args:
         options: of the engine.
-        output, report: see `compile_model`.
+        output, report, on_graph: see `compile_model`.
+
+    Raises:
+        ArtifactError: the artifact that ``options.frozen`` names cannot serve.
     """
-    checkpoint = open_checkpoint(options.model, options.revision, options.trust_remote_code)
+    checkpoint, root = open_for(options), cache_directory(options.cache_dir)
+    chosen = compile_options(options)
+    if options.frozen is not None:
+        artifact = open_frozen(Path(options.frozen), target_of(checkpoint, chosen, root))
+        return Compilation(artifact=artifact, checkpoint=checkpoint)
     return compile_model(
-        checkpoint,
-        compile_options(options),
-        cache_dir=cache_directory(options.cache_dir),
-        output=output,
-        report=report,
+        checkpoint, chosen, cache_dir=root, output=output, report=report, on_graph=on_graph
     )
+
+
+def open_for(options: EngineOptions) -> Checkpoint:
+    """The checkpoint that an engine's options name."""
+    return open_checkpoint(options.model, options.revision, options.trust_remote_code)
 
 
 def compile(model: str, *, output: str | Path | None = None, **options: Any) -> Artifact:
@@ -162,15 +177,6 @@ def _refuse_foreign(path: Path) -> None:
         raise InvalidOption("--output", str(path), "it holds other files; name a new directory")
     if path.exists() or not path.parent.is_dir():
         raise InvalidOption("--output", str(path), "name a directory in one that exists")
-
-
-def _existing(path: Path, key: str) -> Artifact | None:
-    """The artifact at ``path`` if it is whole and has this key; a damaged one is made anew."""
-    try:
-        found = artifacts.open_artifact(path)
-    except ArtifactError:
-        return None
-    return found if found.key == key else None
 
 
 @contextmanager
@@ -214,17 +220,17 @@ class _Compiler:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        options: CompileOptions,
-        factors: dict[str, Any],
+        target: Target,
         pool: Path,
         report: Report | None,
+        on_graph: OnGraph | None,
     ) -> None:
         self.checkpoint = checkpoint
-        self.options = options
-        self.factors = factors
-        self.key = keys.digest(factors)
+        self.target = target
+        self.options = target.options
         self.pool = pool
         self.report = report
+        self.on_graph = on_graph
         self.seconds: dict[str, float] = {}
 
     @contextmanager
@@ -235,7 +241,7 @@ class _Compiler:
         if self.report is not None:
             self.report(name, self.seconds[name])
 
-    def run(self, path: Path) -> Compilation:
+    def run(self) -> Compilation:
         program = self.program()
         from fxlm.compiler.hoist import hoist
         from fxlm.compiler.outline import outline
@@ -243,21 +249,34 @@ class _Compiler:
         with self.stage("hoist and outline"):
             cut = hoist(program)
             plan = outline(cut.step)
-        with artifacts.writing(path) as work:
-            _write_graphs(work, program, cut, plan)
-            if not self.options.eager:
-                self.lower(work, plan)
-            with self.stage("write"):
-                _copy_model_files(self.checkpoint.path, work / "model")
-                artifacts.write_manifest(work, self.manifest(program, cut, plan))
-        artifact = artifacts.open_artifact(path)
+        if self.on_graph is not None and not self.options.eager:
+            self.on_graph(self.uncompiled(program, cut, plan))
+        self.write(self.target, program, cut, plan)
         return Compilation(
-            artifact=artifact,
+            artifact=artifacts.open_artifact(self.target.path),
             checkpoint=self.checkpoint,
-            cached=False,
             seconds=self.seconds,
             program=program,
         )
+
+    def uncompiled(self, program: Program, cut: Any, plan: Any) -> Artifact:
+        """The artifact of the same graphs under ``--enforce-eager``, found or written."""
+        target = eager(self.target)
+        with artifacts.locked(target.path):
+            found = look_up(target)
+            if not isinstance(found, Artifact):
+                self.write(target, program, cut, plan)
+        return found if isinstance(found, Artifact) else artifacts.open_artifact(target.path)
+
+    def write(self, target: Target, program: Program, cut: Any, plan: Any) -> None:
+        """Write an artifact, compiled as its options say."""
+        with artifacts.writing(target.path) as work:
+            _write_graphs(work, program, cut, plan)
+            if not target.options.eager:
+                self.lower(work, plan)
+            with self.stage("write"):
+                _copy_model_files(self.checkpoint.path, work / "model")
+                artifacts.write_manifest(work, self.manifest(target, program, cut, plan))
 
     def program(self) -> Program:
         """Capture and run the column."""
@@ -273,7 +292,7 @@ class _Compiler:
         from fxlm.compiler.lower import default_options, lower
 
         self.pool.mkdir(parents=True, exist_ok=True)
-        same = {k: self.factors[k] for k in ("versions", "device")}
+        same = {k: self.target.factors[k] for k in ("versions", "device")}
         # A package depends on the graph, not on the code that made it.
         identities = {r.name: [r.digest, same, default_options()] for r in plan.regions}
         pooled = {n: self.pool / f"{keys.digest(i)[:32]}.pt2" for n, i in identities.items()}
@@ -286,7 +305,7 @@ class _Compiler:
         for name, path in pooled.items():
             shutil.copyfile(path, work / "regions" / f"{name}.pt2")
 
-    def manifest(self, program: Program, cut: Any, plan: Any) -> dict[str, Any]:
+    def manifest(self, target: Target, program: Program, cut: Any, plan: Any) -> dict[str, Any]:
         from fxlm.compiler.liveness import activation_costs
 
         weights = {
@@ -296,9 +315,9 @@ class _Compiler:
         }
         facts = program.facts
         return {
-            "key": self.key,
-            "factors": self.factors,
-            "compiled": not self.options.eager,
+            "key": target.key,
+            "factors": target.factors,
+            "compiled": not target.options.eager,
             "model": {
                 "model_type": facts.model_type, "vocab_size": facts.vocab_size,
                 "max_position_embeddings": facts.max_position_embeddings,

@@ -76,12 +76,27 @@ def make_engine(**values: Any) -> Engine:
     threads, why = set_threads(options.threads)
     _say(f"threads {threads} ({why})")
     engine, plan, compilation = build_engine(options, _report)
+    if compilation.miss is not None:
+        _say(f"compiled since {compilation.miss.text}")
     _say(f"artifact {'found' if compilation.cached else 'compiled'}: {compilation.artifact.path}")
     _say(stamp.line(compilation.artifact, compilation.checkpoint.weights_digest()))
     for line in plan.lines():
         _say(line)
     _say(f"engine ready after {time.perf_counter() - started:.1f} s")
     return engine
+
+
+def explain_cache_command(args: argparse.Namespace) -> int:
+    """``fxlm explain-cache``: each factor of the key, and what differs from the nearest."""
+    from fxlm.runtime.cache import cache_directory, explain, target_of
+    from fxlm.runtime.compile import open_for
+    from fxlm.runtime.options import compile_options
+
+    options = engine_options(args)
+    root = cache_directory(options.cache_dir)
+    target = target_of(open_for(options), compile_options(options), root)
+    print("\n".join(explain(target, root)))
+    return 0
 
 
 def compile_command(args: argparse.Namespace) -> int:

@@ -52,6 +52,8 @@ class EngineOptions:
         tap: modules whose output requests may ask for, e.g. ``model.layers.3``.
         steer: modules to whose output requests may add a vector.
         cache_dir: where artifacts and prepared weights are kept.
+        frozen: directory of the artifact to serve, as it is; nothing is ever compiled.
+        tiered_start: serve from the uncompiled graph while another process compiles it.
         prepared_weights: ``auto`` keeps packed weights in the cache, where there is room, for
             the next start to map; ``off`` packs them at every start.
         threads: CPU threads; None: the cores this process may use.
@@ -80,6 +82,8 @@ class EngineOptions:
     tap: tuple[str, ...] = ()
     steer: tuple[str, ...] = ()
     cache_dir: str | None = None
+    frozen: str | None = None
+    tiered_start: bool = False
     prepared_weights: PreparedWeights = "auto"
     threads: int | None = None
     speculative_config: SpeculativeConfig | None = None

@@ -18,7 +18,8 @@ from fxlm.compiler.ops.kv_cache import allocate
 from fxlm.compiler.step import Step
 from fxlm.runtime import machine, prepared
 from fxlm.runtime.batch import Batch
-from fxlm.runtime.compile import Compilation, Report, cache_directory, compile_for
+from fxlm.runtime.cache import cache_directory
+from fxlm.runtime.compile import Compilation, Report, compile_for
 from fxlm.runtime.drafting import compile_draft, make_speculator
 from fxlm.runtime.engine import Engine, EngineConfig
 from fxlm.runtime.memory import MemoryPlan, plan_memory

@@ -1,4 +1,4 @@
-"""The command line: `fxlm serve | compile | plan | check | explain | verify | bisect | diff`.
+"""The command line: `fxlm serve | compile | plan | check | explain | explain-cache | verify | ...`.
 
 Here: the parser, the dispatch, errors as sentences. Nothing heavy is imported before a command
 runs, so that --help and --version answer at once. Not here: what the commands do.
@@ -53,6 +53,13 @@ def check_command(args: argparse.Namespace) -> int | None:
     return launch.check_command(args)
 
 
+def explain_cache_command(args: argparse.Namespace) -> int | None:
+    """Show the factors of a model's cache key."""
+    from fxlm.runtime import launch
+
+    return launch.explain_cache_command(args)
+
+
 def explorer_command(args: argparse.Namespace) -> int | None:
     """Explain, verify, bisect and diff: what the compiler did, and whether it is right."""
     from fxlm.runtime.explain import commands
@@ -97,6 +104,8 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     add("plan", plan_command, "print the memory a model needs, without loading it")
     add("check", check_command, "compare a model's tokens with those of Hugging Face")
     add_explain_options(add("explain", explorer_command, "show what each pass did, and its cost"))
+    text = "show what an artifact is found by, and what differs from the nearest one"
+    add("explain-cache", explain_cache_command, text)
     verified = "hold a compiled model against float32, and stamp its artifact"
     add_verify_options(add("verify", explorer_command, verified))
     add_bisect_options(add("bisect", explorer_command, "find the pass that makes a model wrong"))

@@ -213,6 +213,17 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="names that clients call the model by (default: MODEL)",
     )
+    group.add_argument(
+        "--frozen",
+        metavar="ARTIFACT",
+        help="serve this artifact of MODEL and compile nothing; refused if it does not fit",
+    )
+    group.add_argument(
+        "--tiered-start",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="serve from the uncompiled graph while it is compiled (default: on)",
+    )
     group.add_argument("--chat-template", metavar="FILE", help="Jinja file, or the template itself")
     group.add_argument(
         "--max-num-queued-reqs",

@@ -37,7 +37,7 @@ EVALUATING_CALLS = ("eval", "exec", "builtins.eval", "builtins.exec")
 # Files that may read the environment of the process, each with what it looks for.
 ENVIRONMENT_READERS = {
     "compiler/ops/build.py": "the C++ compiler, the cache of the library, the ISA under test",
-    "runtime/compile.py": "where the cache of artifacts is (XDG_CACHE_HOME)",
+    "runtime/cache.py": "where the cache of artifacts is (XDG_CACHE_HOME)",
     "server/options.py": "the API key, which must not stand in a process list",
 }
 # Files that may call eval or exec, each with what is evaluated.

@@ -109,7 +109,7 @@ def test_every_engine_option_has_a_flag() -> None:
 
     from fxlm.runtime.options import EngineOptions
 
-    args = vars(cli.parse(["compile", "m"]))
+    args = vars(cli.parse(["serve", "m"]))
     assert {field.name for field in fields(EngineOptions)} <= set(args)
 
 
