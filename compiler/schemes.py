@@ -16,6 +16,7 @@ from typing import Literal
 from fxlm.compiler.errors import InvalidOption
 
 HEAD = "head"
+LEAST_GROUP = 16  # what the kernels take; see fxlm.compiler.ops.quantized
 OPTION = "--quantization"
 
 
@@ -38,6 +39,16 @@ class Scheme:
     block: tuple[int, int] = (1, 0)
     symmetric: bool = True
     activation: Literal["none", "int8"] = "none"
+
+    def fit(self, inputs: int) -> Scheme:
+        """The scheme for a layer of ``inputs``: groups of integers are halved until they divide
+        them, down to `LEAST_GROUP`; then a row is one group."""
+        rows, group = self.block
+        if self.kind == "fp8":
+            return self
+        while group >= LEAST_GROUP and inputs % group:
+            group //= 2
+        return replace(self, block=(rows, 0 if group < LEAST_GROUP or group >= inputs else group))
 
 
 def _int4(name: str, group: int, activation: Literal["none", "int8"] = "none") -> Scheme:

@@ -5,7 +5,7 @@ after:   (users of b use x)
 
 A cast of a weight that is dequantized to float32 becomes the type that it is dequantized to:
 
-before:  aten.to.dtype(fxlm.dequantize(codes, ..., float32, ...), bfloat16)
+before:  aten._to_copy(fxlm.dequantize(codes, ..., float32, ...), dtype=bfloat16)
 after:   fxlm.dequantize(codes, ..., bfloat16, ...)
 """
 
@@ -52,13 +52,25 @@ def cleanup(program: Program) -> int:
 
 def _fold_cast(node: fx.Node) -> bool:
     """Let a weight be dequantized to the type that its only user casts it to."""
-    source: Any = node.args[0] if node.target is aten.to.dtype and len(node.args) == 2 else None
+    source, dtype = node.args[0] if node.args else None, _cast_to(node)
     weight = quantized(source)
-    if weight is None or weight.dtype != torch.float32 or len(source.users) > 1 or node.kwargs:
+    if weight is None or weight.dtype != torch.float32 or dtype is None:
         return False
-    source.update_arg(6, node.args[1])
+    assert isinstance(source, fx.Node), node.format_node()
+    if len(source.users) > 1:
+        return False
+    source.update_arg(6, dtype)
     source.meta["val"] = node.meta["val"]
     return True
+
+
+def _cast_to(node: fx.Node) -> Any:
+    """The type that a node casts to if it does nothing else; None for any other node."""
+    if node.target is aten.to.dtype and len(node.args) == 2 and not node.kwargs:
+        return node.args[1]
+    if node.target is aten._to_copy.default and set(node.kwargs) == {"dtype"}:
+        return node.kwargs["dtype"]
+    return None
 
 
 def _same_type(node: fx.Node) -> bool:

@@ -14,6 +14,7 @@ on tokens. A weight that also serves an embedding is quantized for the linear on
 from __future__ import annotations
 
 import operator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,6 +32,30 @@ LINEAR = aten.linear.default
 CHOICES = (aten.topk.default, aten.sort.default, aten.sort.stable, aten.argsort.default)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """What becomes of one linear layer.
+
+    Attributes:
+        node: the ``aten.linear``.
+        path: of its module.
+        scheme: fitted to its inputs; None: it stays as it is.
+        reason: why it stays, or ``""``.
+    """
+
+    node: fx.Node
+    path: str
+    scheme: Scheme | None
+    reason: str = ""
+
+    @property
+    def weight(self) -> fx.Node:
+        """The node of the weight."""
+        weight = self.node.args[1]
+        assert isinstance(weight, fx.Node), self.node.format_node()
+        return weight
+
+
 @graph_pass(after="cleanup", before=("fuse_qkv", "fuse_gate_up"))
 def quantize(program: Program, *, quantization: str = "none") -> int:
     """Quantize by the rules of a text such as ``int4,head=int8``; returns how many weights.
@@ -38,25 +63,43 @@ def quantize(program: Program, *, quantization: str = "none") -> int:
     Raises:
         InvalidOption: a pattern that fits no linear layer, or no layer to quantize at all.
     """
+    done: dict[tuple[fx.Node, str], fx.Node] = {}
+    for choice in choose(program, quantization):
+        if choice.scheme is None:
+            program.miss(choice.node, choice.reason)
+            continue
+        weight = choice.weight
+        key = (weight, choice.scheme.name)
+        if key not in done:
+            done[key] = _quantize(program, weight, choice.scheme, choice.node)
+        choice.node.replace_input_with(weight, done[key])
+    return len(done)
+
+
+def choose(program: Program, quantization: str) -> list[Choice]:
+    """What the rules of a text mean for each linear layer of a program.
+
+    Raises:
+        InvalidOption: a pattern that fits no linear layer, or no layer to quantize at all.
+    """
     rules = parse_quantization(quantization)
     head = _head(program)
-    found = [(n, _obstacle(program, n)) for n in program.linears()]
-    _require_matches(rules, quantization, [module_path(n) for n, _ in found], head is not None)
-    done: dict[tuple[fx.Node, str], fx.Node] = {}
-    for node, reason in found:
-        scheme = rules.scheme_of(module_path(node), node is head)
+    fixed = program.weight_only()
+    choices = []
+    for node in program.linears():
+        path, reason = module_path(node), _obstacle(node, fixed)
+        scheme = rules.scheme_of(path, node is head)
         if reason or scheme is None:
-            program.miss(node, reason or "it is left alone by the options")
-            continue
-        weight: Any = node.args[1]
-        key = (weight, scheme.name)
-        if key not in done:
-            done[key] = _quantize(program, weight, scheme, node)
-        node.replace_input_with(weight, done[key])
-    if not done and rules.default is not None:
-        reason = program.misses[-1] if program.misses else "the graph has no linear layers"
+            reason = reason or "the options leave it alone"
+            choices.append(Choice(node=node, path=path, scheme=None, reason=reason))
+        else:
+            inputs = int(node.args[1].meta["val"].shape[1])  # type: ignore[union-attr]
+            choices.append(Choice(node=node, path=path, scheme=scheme.fit(inputs)))
+    _require_matches(rules, quantization, [c.path for c in choices], head is not None)
+    if rules.default is not None and not any(c.scheme for c in choices):
+        reason = choices[0].reason if choices else "the graph has no linear layers"
         raise InvalidOption(OPTION, quantization, f"nothing can be quantized; e.g. {reason}")
-    return len(done)
+    return choices
 
 
 def _head(program: Program) -> fx.Node | None:
@@ -65,10 +108,10 @@ def _head(program: Program) -> fx.Node | None:
     return next((n for n in before if n.target is LINEAR), None)
 
 
-def _obstacle(program: Program, node: fx.Node) -> str:
+def _obstacle(node: fx.Node, fixed: set[fx.Node]) -> str:
     """Why a linear's weight cannot be quantized; empty if it can."""
     weight: Any = node.args[1]
-    if weight not in program.weight_only():
+    if weight not in fixed:
         return "the weight depends on tokens"
     value = weight.meta["val"]
     if quantized(weight) is not None:
@@ -103,9 +146,7 @@ def _require_matches(rules: Quantization, text: str, paths: list[str], has_head:
 
 
 def _quantize(program: Program, weight: fx.Node, scheme: Scheme, like: fx.Node) -> fx.Node:
-    inputs = int(weight.meta["val"].shape[1])
     rows, columns = scheme.block
-    columns = 0 if columns >= inputs else columns
     anchor = program.placeholders()[-1] if weight.op == "placeholder" else weight
     with program.graph.inserting_before(anchor.next):  # early, as all code on weights is
         if scheme.kind == "fp8":

@@ -1,6 +1,6 @@
 """Launch: what the commands do, and what an engine process starts from.
 
-Here: `compile`, `plan` and `check` as commands, the specification of an engine for the
+Here: `compile`, `plan`, `check` and `quantize` as commands, the specification of an engine for the
 server, and the factory in the engine process. Everything that a person reads of them is
 printed here. Importing this file imports no torch: the server's process stays light.
 """
@@ -153,6 +153,25 @@ def plan_command(args: argparse.Namespace) -> int:
     ):
         print(f"{name:<26}{value:>18}   {why}")
     print("\n".join(plan.lines()))
+    return 0
+
+
+def quantize_command(args: argparse.Namespace) -> int:
+    """``fxlm quantize``: a line a layer, then how much smaller the checkpoint is."""
+    from fxlm.runtime.quantize import quantize_checkpoint
+
+    done = quantize_checkpoint(
+        args.model,
+        args.scheme,
+        Path(args.output),
+        calibration=Path(args.calibration) if args.calibration else None,
+        budget_error=args.budget_error,
+        revision=args.revision,
+        trust_remote_code=args.trust_remote_code,
+    )
+    for line in done.lines():
+        print(line)
+    print(args.output)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The command line: `fxlm serve | compile | plan | check | explain | explain-cache | verify | ...`.
+"""The command line: `fxlm serve | compile | plan | check | quantize | explain | verify | ...`.
 
 Here: the parser, the dispatch, errors as sentences. Nothing heavy is imported before a command
 runs, so that --help and --version answer at once. Not here: what the commands do.
@@ -17,7 +17,12 @@ from fxlm.server.explorer_options import (
     add_explain_options,
     add_verify_options,
 )
-from fxlm.server.options import add_engine_options, add_model_argument, add_server_options
+from fxlm.server.options import (
+    add_engine_options,
+    add_model_argument,
+    add_quantize_options,
+    add_server_options,
+)
 from fxlm.server.suggest import did_you_mean
 
 Command = Callable[[argparse.Namespace], int | None]
@@ -68,6 +73,13 @@ def explorer_command(args: argparse.Namespace) -> int | None:
     return run(args)
 
 
+def quantize_command(args: argparse.Namespace) -> int | None:
+    """Write a quantized copy of a checkpoint."""
+    from fxlm.runtime import launch
+
+    return launch.quantize_command(args)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse without abbreviations: a flag is written out, or it is an error."""
 
@@ -87,13 +99,20 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     parsers: dict[str, Parser] = {}
 
-    def add(name: str, run: Command, text: str, *, optional_model: bool = False) -> Parser:
+    def add(
+        name: str,
+        run: Command,
+        text: str,
+        *,
+        optional_model: bool = False,
+        options: Callable[[Parser], None] = add_engine_options,
+    ) -> Parser:
         model = "[MODEL]" if optional_model else "MODEL"
         usage = f"fxlm {name} {model} [options]"
         parser: Parser = commands.add_parser(name, help=text, description=text, usage=usage)
         parser.set_defaults(run=run)
         add_model_argument(parser, optional=optional_model)
-        add_engine_options(parser)
+        options(parser)
         parsers[name] = parser
         return parser
 
@@ -103,6 +122,8 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     compiled.add_argument("--output", metavar="DIR", help="where to put the artifact")
     add("plan", plan_command, "print the memory a model needs, without loading it")
     add("check", check_command, "compare a model's tokens with those of Hugging Face")
+    rounding = "write a quantized copy of a checkpoint, with the error of each layer"
+    add("quantize", quantize_command, rounding, options=add_quantize_options)
     add_explain_options(add("explain", explorer_command, "show what each pass did, and its cost"))
     text = "show what an artifact is found by, and what differs from the nearest one"
     add("explain-cache", explain_cache_command, text)

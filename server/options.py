@@ -201,6 +201,32 @@ def add_speculative_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_quantize_options(parser: argparse.ArgumentParser) -> None:
+    """Flags of `fxlm quantize` alone."""
+    parser.add_argument(
+        "--scheme",
+        required=True,
+        metavar="SCHEME[,PATTERN=SCHEME...]",
+        help="as --quantization of serve, e.g. int8, int4-g32, fp8-channel, int4,down_proj=int8",
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="new directory")
+    parser.add_argument(
+        "--calibration", metavar="FILE", help="text that the model reads, to measure outputs"
+    )
+    parser.add_argument(
+        "--budget-error",
+        type=float,
+        metavar="E",
+        help="leave layers alone whose relative error is larger, e.g. 0.05",
+    )
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit on the hub")
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code that comes with the checkpoint",
+    )
+
+
 def add_server_options(parser: argparse.ArgumentParser) -> None:
     """Flags of `fxlm serve` alone."""
     add_address_options(parser)

@@ -179,30 +179,45 @@ def quantize_int(
     Returns:
         codes int8 [N,K], scale and offset float32 [N,ceil(K/group)], block (1, group).
     """
-    codes, scale, offset = fake_quantize_int(weight, bits, group, symmetric)
+    codes, scale, zero = round_int(weight, bits, group, symmetric)
+    return codes, scale, -zero * scale
+
+
+def round_int(
+    weight: Tensor, bits: int, group: int, symmetric: bool, scale_dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `quantize_int`, with integer zero points in place of offsets.
+
+    Args:
+        scale_dtype: scales are rounded to it first and weights against them then, so that a file
+            may hold 16-bit scales without a second error.
+
+    Returns:
+        codes int8 [N,K]; scale and zero float32 [N,ceil(K/group)]: weight = (codes - zero) * scale.
+    """
+    codes, scale, zero = fake_quantize_int(weight, bits, group, symmetric)
     for tile in _tiles(*weight.shape):
-        parts = _quantize_tile(weight[tile].float(), bits, group, symmetric)
-        codes[tile], scale[tile], offset[tile] = parts
-    return codes, scale, offset
+        parts = _round_tile(weight[tile].float(), bits, group, symmetric, scale_dtype)
+        codes[tile], scale[tile], zero[tile] = parts
+    return codes, scale, zero
 
 
-def _quantize_tile(
-    weight: Tensor, bits: int, group: int, symmetric: bool
+def _round_tile(
+    weight: Tensor, bits: int, group: int, symmetric: bool, scale_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     outputs, inputs = weight.shape
     size = group or inputs
     grouped = pad(weight, (0, -inputs % size)).view(outputs, -1, size)
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    least, most = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
     if symmetric:
-        scale = grouped.abs().amax(-1) / high
+        scale = _nonzero((torch.maximum(-least, most) / high).to(scale_dtype).float())
         zero = torch.zeros_like(scale)
     else:
-        least, most = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
-        scale = (most - least) / (high - low)
-        zero = torch.round(low - least / _nonzero(scale)).clamp(low, high)
-    scale = _nonzero(scale)
+        scale = _nonzero(((most - least) / (high - low)).to(scale_dtype).float())
+        zero = torch.round(low - least / scale).clamp(low, high)
     codes = torch.round(grouped / scale[..., None] + zero[..., None]).clamp(low, high)
-    return codes.view(outputs, -1)[:, :inputs].to(torch.int8), scale, -zero * scale
+    return codes.view(outputs, -1)[:, :inputs].to(torch.int8), scale, zero
 
 
 def _nonzero(scale: Tensor) -> Tensor:
@@ -227,12 +242,20 @@ def quantize_fp8(weight: Tensor, block: Sequence[int]) -> tuple[Tensor, Tensor]:
     Returns:
         codes float8_e4m3fn [N,K], scale float32 [ceil(N/rows),ceil(K/columns)].
     """
+    return round_fp8(weight, block)
+
+
+def round_fp8(
+    weight: Tensor, block: Sequence[int], scale_dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """As `quantize_fp8`, with scales rounded to ``scale_dtype`` first; see `round_int`."""
     codes, scale = fake_quantize_fp8(weight, block)
     outputs, inputs = weight.shape
     rows, columns = block[0] or outputs, block[1] or inputs
     padded = pad(weight, (0, -inputs % columns, 0, -outputs % rows))
     blocks = padded.view(scale.shape[0], rows, scale.shape[1], columns)
-    scale.copy_(_nonzero(blocks.abs().amax((1, 3)).float() / FP8_MAX))
+    most = blocks.abs().amax((1, 3)).float() / FP8_MAX
+    scale.copy_(_nonzero(most.to(scale_dtype).float()))
     for tile in _tiles(outputs, inputs):
         group = torch.arange(tile.start, tile.stop, device=weight.device) // rows
         value = weight[tile].float() / _spread(scale[group], columns, inputs)

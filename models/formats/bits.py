@@ -1,6 +1,6 @@
 """Codes packed into 32-bit words, and inputs out of order, as several formats have them.
 
-Plain tensor code that runs on real, meta and traced tensors.
+Unpacking is plain tensor code that runs on real, meta and traced tensors.
 """
 
 from __future__ import annotations
@@ -44,3 +44,19 @@ def unordered(
     """
     order = torch.argsort(groups, stable=True)
     return dequantize(codes.index_select(1, order)).index_select(1, torch.argsort(order))
+
+
+def pack_words(codes: torch.Tensor, bits: int, plus: int) -> torch.Tensor:
+    """The reverse of `unpack_words`: int8 [..., K] -> int32 [..., ceil(K * bits / 32)].
+
+    Args:
+        plus: added to each code, which must give 0..2**bits - 1.
+    """
+    per_word = 32 // bits
+    unsigned = torch.nn.functional.pad(
+        codes.to(torch.int64) + plus, (0, -codes.shape[-1] % per_word)
+    )
+    parts = unsigned.unflatten(-1, (-1, per_word))
+    shifts = torch.arange(0, 32, bits)
+    words = (parts << shifts).sum(-1)  # 0..2**32 - 1
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)

@@ -60,7 +60,8 @@ def test_weights_that_differ_are_not_merged(scheme: str, reason: str) -> None:
     assert made.log[-1].rewrites == 0
 
 
-def test_a_cast_of_a_dequantized_weight_is_folded_into_it() -> None:
+@pytest.mark.parametrize("traced", [False, True])
+def test_a_cast_of_a_dequantized_weight_is_folded_into_it(traced: bool) -> None:
     made = program("int8")
     linear = made.linears("down_proj")[0]
     source = linear.args[1]
@@ -68,7 +69,11 @@ def test_a_cast_of_a_dequantized_weight_is_folded_into_it() -> None:
     source.update_arg(6, torch.float32)
     made.propagate()
     with made.graph.inserting_before(linear):
-        cast = made.call(torch.ops.aten.to.dtype, source, torch.float64, like=linear)
+        if traced:  # as make_fx writes it
+            copy = torch.ops.aten._to_copy.default
+            cast = made.call(copy, source, dtype=torch.float64, like=linear)
+        else:
+            cast = made.call(torch.ops.aten.to.dtype, source, torch.float64, like=linear)
         wide = made.call(torch.ops.aten.to.dtype, linear.args[0], torch.float64, like=linear)
         product = made.call(torch.ops.aten.linear.default, wide, cast, like=linear)
         narrow = made.call(torch.ops.aten.to.dtype, product, torch.float32, like=linear)

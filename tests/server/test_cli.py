@@ -58,7 +58,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["serve", "--prot=4"], "Did you mean --port?"),
         (["serve", "a", "b"], "unrecognized argument: b"),
         (["compile", "m", "--port", "1"], "unrecognized argument: --port"),
-        (["serv"], "no command 'serv'; there are serve, compile, plan, check, explain, "),
+        (["serv"], "no command 'serv'; there are serve, compile, plan, check, quantize, explain, "),
         (["serv"], "Did you mean serve?"),
         ([], "required: COMMAND"),
         (["plan"], "required: MODEL"),
