@@ -11,9 +11,13 @@ from fxlm.compiler.hoist import hoist
 from fxlm.compiler.program import Program, module_path
 from fxlm.compiler.schemes import SCHEMES
 from fxlm.passes.cleanup import cleanup
-from fxlm.passes.column import COLUMN
+from fxlm.passes.fuse_quantized_linear import fuse_quantized_linear
+from fxlm.passes.fuse_qkv import fuse_qkv
+from fxlm.passes.last_tokens import last_tokens
+from fxlm.passes.paged_attention import paged_attention
 from fxlm.passes.quantize import quantize
 from fxlm.passes.quantized_weights import quantized
+from fxlm.passes.sample import sample
 from tests.programs import IDS, captured, configured, run_dense
 
 LINEAR = torch.ops.aten.linear.default
@@ -51,7 +55,8 @@ def test_equals_but_for_the_rounding(scheme: str, error: float) -> None:
 
 
 def test_rounding_happens_while_loading() -> None:
-    program = pipeline.run(made("int4-g32"), [p for p in COLUMN[2:] if p.name != "quantize"])
+    column = [fuse_qkv, paged_attention, last_tokens, sample, fuse_quantized_linear]
+    program = pipeline.run(made("int4-g32"), column)
     cut = hoist(program)
     ops = (fxlm.quantize_int.default, fxlm.pack_codes.default)
     assert {n.target for n in cut.load.nodes} >= set(ops)
