@@ -11,8 +11,8 @@ from fxlm.compiler.hoist import hoist
 from fxlm.compiler.program import Program, module_path
 from fxlm.compiler.schemes import SCHEMES
 from fxlm.passes.cleanup import cleanup
-from fxlm.passes.fuse_quantized_linear import fuse_quantized_linear
 from fxlm.passes.fuse_qkv import fuse_qkv
+from fxlm.passes.fuse_quantized_linear import fuse_quantized_linear
 from fxlm.passes.last_tokens import last_tokens
 from fxlm.passes.paged_attention import paged_attention
 from fxlm.passes.quantize import quantize
