@@ -21,6 +21,8 @@ from fxlm.models.safetensors_file import SafetensorsFile, TensorInfo
 if TYPE_CHECKING:
     import torch
 
+    from fxlm.models.gguf_file import GgufFile, GgufTensor
+
 __all__ = ["Checkpoint", "TensorInfo", "open_checkpoint", "resolve"]
 
 SINGLE = "model.safetensors"
@@ -58,7 +60,7 @@ class Checkpoint:
         generation = path / "generation_config.json"
         self.generation_config = read_json(generation) if generation.is_file() else {}
         self._files = _open_files(path)
-        self.tensors: Mapping[str, TensorInfo] = _gather(path, self._files)
+        self.tensors: Mapping[str, TensorInfo | GgufTensor] = _gather(path, self._files)
 
     def read(self, name: str) -> torch.Tensor:
         """Return tensor ``name`` as a view of the mapped file: CPU, not copied.
@@ -110,7 +112,8 @@ def open_checkpoint(
     """Open a checkpoint.
 
     Args:
-        source: a directory, a hub id such as ``org/name``, ``bundled`` or ``bundled-draft``.
+        source: a directory, a GGUF file, a hub id such as ``org/name``, ``bundled`` or
+            ``bundled-draft``.
         revision: branch, tag or commit of a hub id.
         trust_remote_code: run the Python that comes with the checkpoint.
 
@@ -131,7 +134,9 @@ def resolve(
         return Path(BUNDLED[str(source)])
     path = Path(source).expanduser()
     if path.is_dir():
-        return path
+        return _gguf_alone(path) or path
+    if path.suffix == ".gguf" and path.is_file():
+        return gguf_directory(path)
     if path.exists():
         raise InvalidModel(f"{path} is a file; name the directory that holds config.json")
     if not _HUB_ID.match(str(source)):
@@ -140,6 +145,26 @@ def resolve(
             f"bundled models are {', '.join(BUNDLED)}"
         )
     return _download(str(source), revision, trust_remote_code)
+
+
+def _gguf_alone(path: Path) -> Path | None:
+    """The directory of the GGUF file that a directory holds, if that is all it holds."""
+    found = sorted(path.glob("*.gguf"))
+    if not found or (path / "config.json").is_file():
+        return None
+    if len(found) > 1 and not all(re.search(r"-\d{5}-of-\d{5}\.gguf$", f.name) for f in found):
+        raise InvalidModel(
+            f"{path} holds {len(found)} GGUF files ({', '.join(f.name for f in found[:3])}, ...): "
+            "name the one to serve"
+        )
+    return gguf_directory(found[0])
+
+
+def gguf_directory(path: Path) -> Path:
+    """See `fxlm.models.gguf.directory_of`."""
+    from fxlm.models.gguf import directory_of
+
+    return directory_of(path)
 
 
 def _download(repo_id: str, revision: str | None, trust_remote_code: bool) -> Path:
@@ -193,8 +218,6 @@ def _missing(path: Path) -> str:
     folder = path.parent
     if (folder / "adapter_config.json").is_file():
         return f"{folder} is a LoRA adapter, not a model: merge it into its base model first"
-    if any(folder.glob("*.gguf")):
-        return f"{folder} holds GGUF files, which are not read: use the safetensors checkpoint"
     return f"{folder} is no checkpoint: it has no {path.name}"
 
 
@@ -217,8 +240,14 @@ def _is_native(model_type: object) -> bool:
     return (Path(spec.origin).parent / "models" / model_type.replace("-", "_")).is_dir()
 
 
-def _open_files(path: Path) -> dict[str, SafetensorsFile]:
-    """Open the single file, or every shard of the index."""
+def _open_files(path: Path) -> Mapping[str, SafetensorsFile | GgufFile]:
+    """Open the single file, or every shard of the index, or every part of a GGUF."""
+    parts = sorted(path.glob("*.gguf"))
+    if parts:
+        from fxlm.models.gguf_file import GgufFile
+
+        # By the name that their tensors know: that of the file, not of the link to it.
+        return {file.path.name: file for file in (GgufFile(part.resolve()) for part in parts)}
     if (path / SINGLE).is_file():
         return {SINGLE: SafetensorsFile(path / SINGLE)}
     if (path / INDEX).is_file():
@@ -250,11 +279,13 @@ def _weight_map(path: Path) -> dict[str, str]:
     return entries
 
 
-def _gather(path: Path, files: dict[str, SafetensorsFile]) -> dict[str, TensorInfo]:
-    tensors: dict[str, TensorInfo] = {}
+def _gather(
+    path: Path, files: Mapping[str, SafetensorsFile | GgufFile]
+) -> dict[str, TensorInfo | GgufTensor]:
+    tensors: dict[str, TensorInfo | GgufTensor] = {}
     for file in files.values():
         tensors.update(file.tensors)
-    if SINGLE in files:
+    if SINGLE in files or next(iter(files)).endswith(".gguf"):
         return tensors
     for tensor, name in _weight_map(path).items():
         info = files[name].tensors.get(tensor)

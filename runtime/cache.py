@@ -8,7 +8,6 @@ artifact, and artifacts that are taken as they are (``--frozen``). Not here: wha
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,14 +66,6 @@ class Miss:
 
     kind: str
     text: str
-
-
-def cache_directory(choice: str | Path | None = None) -> Path:
-    """Where artifacts are kept: the choice, or ``$XDG_CACHE_HOME/fxlm``, or ``~/.cache/fxlm``."""
-    if choice is not None:
-        return Path(choice).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "fxlm"
 
 
 def target_of(

@@ -22,6 +22,7 @@ import torch
 from fxlm.compiler import artifact as artifacts
 from fxlm.compiler import key as keys
 from fxlm.compiler.artifact import Artifact, dtype_name
+from fxlm.compiler.cache import cache_directory
 from fxlm.compiler.errors import InvalidOption
 from fxlm.compiler.options import CompileOptions
 from fxlm.compiler.program import Program
@@ -30,7 +31,6 @@ from fxlm.runtime import machine
 from fxlm.runtime.cache import (
     Miss,
     Target,
-    cache_directory,
     eager,
     look_up,
     open_frozen,

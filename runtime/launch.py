@@ -88,7 +88,8 @@ def make_engine(**values: Any) -> Engine:
 
 def explain_cache_command(args: argparse.Namespace) -> int:
     """``fxlm explain-cache``: each factor of the key, and what differs from the nearest."""
-    from fxlm.runtime.cache import cache_directory, explain, target_of
+    from fxlm.compiler.cache import cache_directory
+    from fxlm.runtime.cache import explain, target_of
     from fxlm.runtime.compile import open_for
     from fxlm.runtime.options import compile_options
 

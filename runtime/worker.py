@@ -13,12 +13,12 @@ from collections.abc import Mapping
 import torch
 
 from fxlm.compiler.artifact import Artifact
+from fxlm.compiler.cache import cache_directory
 from fxlm.compiler.errors import OutOfMemory
 from fxlm.compiler.ops.kv_cache import allocate
 from fxlm.compiler.step import Step
 from fxlm.runtime import machine, prepared
 from fxlm.runtime.batch import Batch
-from fxlm.runtime.cache import cache_directory
 from fxlm.runtime.compile import Compilation, Report, compile_for
 from fxlm.runtime.drafting import compile_draft, make_speculator
 from fxlm.runtime.engine import Engine, EngineConfig

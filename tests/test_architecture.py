@@ -36,8 +36,8 @@ EVALUATING_CALLS = ("eval", "exec", "builtins.eval", "builtins.exec")
 
 # Files that may read the environment of the process, each with what it looks for.
 ENVIRONMENT_READERS = {
-    "compiler/ops/build.py": "the C++ compiler, the cache of the library, the ISA under test",
-    "runtime/cache.py": "where the cache of artifacts is (XDG_CACHE_HOME)",
+    "compiler/cache.py": "where caches are (XDG_CACHE_HOME)",
+    "compiler/ops/build.py": "the C++ compiler, the ISA under test",
     "server/options.py": "the API key, which must not stand in a process list",
 }
 # Files that may call eval or exec, each with what is evaluated.

@@ -29,6 +29,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from fxlm.compiler.cache import cache_directory
 from fxlm.compiler.errors import FxlmError, InvalidOption
 
 _log = logging.getLogger(__name__)
@@ -189,8 +190,7 @@ def build(isa: str) -> Path:
 
 def cache_root() -> Path:
     """Where libraries are kept: the user's cache directory, fxlm/ops."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if base else Path.home() / ".cache") / "fxlm" / "ops"
+    return cache_directory() / "ops"
 
 
 def key(isa: str) -> str:

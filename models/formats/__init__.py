@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import torch
 
     from fxlm.models.checkpoint import Checkpoint
+    from fxlm.models.gguf_file import GgufTensor
     from fxlm.models.safetensors_file import TensorInfo
 
 # quant_method -> module with `read`; a line a format.
@@ -37,6 +38,7 @@ FORMATS: dict[str, str] = {
     "compressed-tensors": "fxlm.models.formats.compressed_tensors",
     "fbgemm_fp8": "fxlm.models.formats.fp8",
     "fp8": "fxlm.models.formats.fp8",
+    "gguf": "fxlm.models.formats.gguf",
     "gptq": "fxlm.models.formats.gptq",
     "modelopt": "fxlm.models.formats.fp8",
     "mxfp4": "fxlm.models.formats.mxfp4",
@@ -146,7 +148,7 @@ def require(
     dtypes: tuple[str, ...],
     shape: tuple[int, ...] | None = None,
     why: str = "",
-) -> TensorInfo:
+) -> TensorInfo | GgufTensor:
     """A raw tensor of one of these types (safetensors spelling) and of this shape.
 
     Raises:

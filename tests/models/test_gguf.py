@@ -1,0 +1,195 @@
+"""GGUF files as checkpoints: config, names, tokenizer, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import tokenizers
+import torch
+
+from fxlm.compiler.errors import InvalidModel
+from fxlm.models.binding import bind
+from fxlm.models.build import build_model
+from fxlm.models.bundled import BUNDLED
+from fxlm.models.checkpoint import open_checkpoint
+from fxlm.models.gguf_file import GgufFile
+from fxlm.models.tokenizer import Tokenizer
+from tests.checkpoints import TEXT, make_checkpoint
+from tests.models.gguf_writing import write_gguf
+
+FAMILIES = ("llama", "llama3", "qwen2", "qwen3", "gemma2", "mixtral", "qwen3_moe")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def made(path: Path, family: str = "llama", kind: str = "F32") -> Path:
+    # llama.cpp always normalizes the weights of the experts that were chosen.
+    more = {"norm_topk_prob": True} if family == "qwen3_moe" else {}
+    source = make_checkpoint(family, path / "source", tokenizer=True, **more)
+    return write_gguf(source, path / "m.gguf", kind)
+
+
+def parameters(path: Path) -> dict[str, torch.Tensor]:
+    checkpoint = open_checkpoint(path)
+    binding = bind(checkpoint, build_model(checkpoint, torch.float32))
+    assert binding.unused in ([], ["rope_freqs.weight"])
+    return binding.convert({name: checkpoint.read(name) for name in binding.names})
+
+
+def logits(path: Path) -> torch.Tensor:
+    """Of the model as transformers builds it from our config and our weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = parameters(path)
+    config = {**open_checkpoint(path).config}
+    config.pop("quantization_config", None)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(**config), dtype=torch.float32
+    ).eval()
+    missing, unexpected = model.load_state_dict(values, strict=False)
+    assert not unexpected
+    assert all("lm_head" in name for name in missing), missing
+    model.tie_weights()
+    with torch.no_grad():
+        result: torch.Tensor = model(torch.tensor([[3, 17, 99, 4, 5, 200, 17] * 3])).logits
+    return result
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_model_is_the_one_that_was_written(family: str, tmp_path: Path) -> None:
+    path = made(tmp_path, family)
+    torch.testing.assert_close(logits(path), logits(tmp_path / "source"), rtol=1e-4, atol=1e-4)
+
+
+def test_a_quantized_model_stays_close(tmp_path: Path) -> None:
+    path = made(tmp_path, "llama", "Q8_0")
+    found, expected = parameters(path), parameters(tmp_path / "source")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(found[name], expected[name])
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0.02, atol=0.02)
+
+
+def test_the_tokenizer_is_the_one_that_was_written(tmp_path: Path) -> None:
+    source = Path(BUNDLED["bundled"])
+    texts = [*TEXT, "12345 apples<|end|> and\n\n  more", "x = 3.14159"]
+    before = Tokenizer.open(source)
+    import gguf
+
+    from tests.models.gguf_writing import write_vocabulary
+
+    writer = gguf.GGUFWriter(tmp_path / "v.gguf", "llama")
+    config = json.loads((source / "config.json").read_text())
+    write_vocabulary(writer, source, config["vocab_size"])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    from fxlm.models.gguf_tokenizer import write_tokenizer
+
+    values = GgufFile(tmp_path / "v.gguf").values
+    write_tokenizer(values, tmp_path, "v.gguf")
+    after = Tokenizer.open(tmp_path)
+    for text in texts:
+        assert after.encode(text) == before.encode(text)
+        assert after.decode(before.encode(text)) == before.decode(before.encode(text))
+
+
+def test_sentencepiece_merges_by_score(tmp_path: Path) -> None:
+    from fxlm.models.gguf_tokenizer import write_tokenizer
+
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces += ["▁", "a", "b", "c", "ab", "bc", "▁a", "abc"]
+    scores = [0.0] * 259 + [-9.0, -9.0, -9.0, -9.0, -2.0, -1.0, -3.0, -4.0]
+    values = {
+        "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": pieces,
+        "tokenizer.ggml.scores": scores, "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.token_type": [2, 3, 3, *[6] * 256, *[1] * 8],
+    }  # fmt: skip
+    write_tokenizer(values, tmp_path, "m.gguf")
+    tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    # "bc" has the best score, so "abc" is a + bc; nothing makes "abc" of ▁a and bc.
+    assert tokenizer.encode("abc").tokens == ["<s>", "▁a", "bc"]
+    assert tokenizer.encode("é").tokens == ["<s>", "▁", "<0xC3>", "<0xA9>"]
+    assert tokenizer.decode(tokenizer.encode("abc é").ids) == "abc é"
+
+
+def test_an_unknown_pattern_is_refused(tmp_path: Path) -> None:
+    from fxlm.models.gguf_tokenizer import write_tokenizer
+
+    values = {
+        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": ["a"],
+        "tokenizer.ggml.pre": "tekken",
+    }  # fmt: skip
+    with pytest.raises(InvalidModel, match="pattern 'tekken'"):
+        write_tokenizer(values, tmp_path, "m.gguf")
+
+
+def test_the_directory_is_made_once(tmp_path: Path, cache: Path) -> None:
+    path = made(tmp_path)
+    first = open_checkpoint(path).path
+    stamp = (first / "config.json").stat().st_mtime_ns
+    assert open_checkpoint(path).path == first
+    assert (first / "config.json").stat().st_mtime_ns == stamp
+    assert [p.name for p in (cache / "fxlm" / "gguf").iterdir()] == [first.name]
+
+
+def test_a_directory_with_one_file_is_that_file(tmp_path: Path) -> None:
+    path = made(tmp_path)
+    folder = tmp_path / "alone"
+    folder.mkdir()
+    path.rename(folder / "m.gguf")
+    assert open_checkpoint(folder).config["model_type"] == "llama"
+
+
+def test_two_files_must_be_told_apart(tmp_path: Path) -> None:
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).write_bytes(b"GGUF")
+    with pytest.raises(InvalidModel, match=r"2 GGUF files \(a.gguf, b.gguf"):
+        open_checkpoint(tmp_path)
+
+
+def test_types_of_equal_width_have_different_digests(tmp_path: Path) -> None:
+    path = made(tmp_path, "llama", "Q4_0")
+    data = bytearray(path.read_bytes())
+    before = open_checkpoint(path).digest()
+    file = GgufFile(path)
+    assert file.tensors["blk.0.attn_q.weight"].dtype == "Q4_0"
+    place = data.index(b"blk.0.attn_q.weight") + len("blk.0.attn_q.weight") + 4 + 2 * 8
+    assert struct.unpack_from("<I", data, place) == (2,)
+    struct.pack_into("<I", data, place, 6)  # Q5_0: wider, and the file is long enough
+    path.write_bytes(data)
+    assert open_checkpoint(path).digest() != before
+
+
+@pytest.mark.parametrize("keep", [3, 20, 200, 5000, -7])
+def test_a_truncated_file_is_refused(keep: int, tmp_path: Path) -> None:
+    path = made(tmp_path)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(InvalidModel, match=r"truncated|no GGUF file"):
+        open_checkpoint(path)
+
+
+def test_an_unknown_tensor_type_is_refused(tmp_path: Path) -> None:
+    path = made(tmp_path)
+    data = bytearray(path.read_bytes())
+    place = data.index(b"blk.0.attn_q.weight") + len("blk.0.attn_q.weight") + 4 + 2 * 8
+    struct.pack_into("<I", data, place, 16)  # IQ2_XXS
+    path.write_bytes(data)
+    with pytest.raises(InvalidModel, match=r"attn_q.weight' of .* has ggml type 16"):
+        open_checkpoint(path)
+
+
+def test_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
+    path = made(tmp_path)
+    data = path.read_bytes().replace(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0rwkv9", 1)
+    path.write_bytes(data)
+    with pytest.raises(InvalidModel, match="architecture 'rwkv9'"):
+        open_checkpoint(path)
