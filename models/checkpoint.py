@@ -150,7 +150,7 @@ def resolve(
 def _gguf_alone(path: Path) -> Path | None:
     """The directory of the GGUF file that a directory holds, if that is all it holds."""
     found = sorted(path.glob("*.gguf"))
-    if not found or (path / "config.json").is_file():
+    if not found or any((path / f).is_file() for f in ("config.json", "adapter_config.json")):
         return None
     if len(found) > 1 and not all(re.search(r"-\d{5}-of-\d{5}\.gguf$", f.name) for f in found):
         raise InvalidModel(

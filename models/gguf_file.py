@@ -94,11 +94,13 @@ class GgufFile:
         self.path = path
         try:
             self.num_bytes = path.stat().st_size
+            if self.num_bytes < len(MAGIC):
+                raise InvalidModel(f"{path} is no GGUF file: it has {self.num_bytes} bytes")
             with path.open("rb") as file:
                 # Private and writable: torch warns of read-only memory. Nobody writes to it.
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        except (OSError, ValueError) as error:
-            raise InvalidModel(f"{path} cannot be read: {error}") from error
+        except OSError as error:
+            raise InvalidModel(f"{path} cannot be read: {error.strerror}") from error
         header = _Header(path, self._map)
         self.values, self.tensors = header.read()
         self.header_digest = hashlib.sha256(self._map[: header.place]).hexdigest()
