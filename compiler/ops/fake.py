@@ -45,6 +45,10 @@ def register() -> torch.library.Library:
         ("sample", SAMPLE, reference.sample, sample),
         ("pack_weight", linear.PACK_WEIGHT, linear.pack_weight, linear.fake_pack_weight),
         ("packed_linear", linear.PACKED_LINEAR, linear.packed_linear, linear.fake_packed_linear),
+        (
+            *("packed_grouped_linear", linear.PACKED_GROUPED),
+            *(linear.packed_grouped, linear.fake_packed_grouped),
+        ),
         ("packed_rows", linear.PACKED_ROWS, linear.packed_rows, linear.fake_packed_rows),
     ):
         _register(library, name, schema, kernel, fake)

@@ -4,9 +4,10 @@ A packed weight is a dense tensor [panels, steps, 64, per_step] of the weight's 
 
     packed[p, s, c, i] = weight[64 p + c, per_step s + i]       zero beyond the weight's sizes
 
-so that 64 outputs (a panel) are one sequential stream. ``per_step`` is 2 for bfloat16 (the pairs
-that AVX512-BF16 and AMX multiply) and 1 otherwise. Not here: the kernels (csrc/linear.cpp) and
-the pass that places the ops (``fxlm.passes.pack_linears``).
+so that 64 outputs (a panel) are one sequential stream. Experts [E,N,K] are E of them in a row.
+``per_step`` is 2 for bfloat16 (the pairs that AVX512-BF16 and AMX multiply) and 1 otherwise. Not
+here: the kernels (csrc/linear.cpp, csrc/linear_tiles.cpp) and the pass that places the ops
+(``fxlm.passes.pack_linears``).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 
 PACK_WEIGHT = "(Tensor weight) -> Tensor"
 PACKED_LINEAR = "(Tensor x, Tensor packed, Tensor? bias, int n) -> Tensor"
+PACKED_GROUPED = "(Tensor x, Tensor packed, Tensor offsets, int n) -> Tensor"
 PACKED_ROWS = "(Tensor packed, Tensor ids, int k) -> Tensor"
 
 PANEL = 64  # outputs a panel
@@ -27,15 +29,20 @@ def inputs_per_step(dtype: torch.dtype) -> int:
 
 
 def fake_pack_weight(weight: Tensor) -> Tensor:
-    """weight [N,K] -> [ceil(N/64), ceil(K/per_step), 64, per_step]."""
-    outputs, inputs = weight.shape
+    """weight [...,N,K] -> [..., ceil(N/64), ceil(K/per_step), 64, per_step]."""
+    *experts, outputs, inputs = weight.shape
     step = inputs_per_step(weight.dtype)
-    return weight.new_empty((-(-outputs // PANEL), -(-inputs // step), PANEL, step))
+    return weight.new_empty((*experts, -(-outputs // PANEL), -(-inputs // step), PANEL, step))
 
 
 def fake_packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, n: int) -> Tensor:
     """x [...,K] -> [...,n], contiguous."""
     return x.new_empty((*x.shape[:-1], n))
+
+
+def fake_packed_grouped(x: Tensor, packed: Tensor, offsets: Tensor, n: int) -> Tensor:
+    """x [S,K] -> [S,n], contiguous."""
+    return x.new_empty((x.shape[0], n))
 
 
 def fake_packed_rows(packed: Tensor, ids: Tensor, k: int) -> Tensor:
@@ -44,13 +51,13 @@ def fake_packed_rows(packed: Tensor, ids: Tensor, k: int) -> Tensor:
 
 
 def pack_weight(weight: Tensor) -> Tensor:
-    """Bring a weight [N,K] of any strides into panels; see the layout above."""
-    outputs, inputs = weight.shape
+    """Bring a weight [N,K], or experts [E,N,K], of any strides into panels; the layout is above."""
+    *experts, outputs, inputs = weight.shape
     step = inputs_per_step(weight.dtype)
     missing = (0, -inputs % step, 0, -outputs % PANEL)
     padded = torch.nn.functional.pad(weight, missing)
-    panels = padded.view(-(-outputs // PANEL), PANEL, -(-inputs // step), step)
-    return panels.transpose(1, 2).contiguous()
+    panels = padded.reshape(*experts, -(-outputs // PANEL), PANEL, -(-inputs // step), step)
+    return panels.transpose(-3, -2).contiguous()
 
 
 def unpack_weight(packed: Tensor, outputs: int, inputs: int) -> Tensor:
@@ -76,6 +83,26 @@ def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, n: int) -> Ten
     weight = unpack_weight(packed, n, x.shape[-1]).to(exact)
     wide = None if bias is None else bias.to(exact)
     return torch.nn.functional.linear(x.to(exact), weight, wide).to(x.dtype).contiguous()
+
+
+def packed_grouped(x: Tensor, packed: Tensor, offsets: Tensor, n: int) -> Tensor:
+    """``grouped_linear`` over packed experts: every row with the weight of its group.
+
+    Args:
+        x: [S,K], any strides; rows sorted by group.
+        packed: of experts [E,n,K].
+        offsets: int32 or int64 [E]; end of each group in x. Rows past the last give 0.
+        n: outputs.
+
+    Returns:
+        [S,n] in x's dtype, contiguous. Groups without rows are never read.
+    """
+    out, start = x.new_zeros(x.shape[0], n), 0
+    for group, end in enumerate(offsets.tolist()):
+        if end > start:
+            out[start:end] = packed_linear(x[start:end], packed[group], None, n)
+            start = end
+    return out
 
 
 def packed_rows(packed: Tensor, ids: Tensor, k: int) -> Tensor:

@@ -33,6 +33,19 @@ def test_fires_on_every_linear() -> None:
     assert len(program.find(fxlm.pack_weight.default)) == before
 
 
+def test_fires_on_the_layers_of_gpt2() -> None:
+    program = pipeline.run(captured("gpt2"), [cleanup, pack_linears])
+    assert program.log[-1].rewrites == 2 * 4 + 1
+    assert not program.find(aten.addmm.default, aten.linear.default)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
+def test_fires_on_experts(model_type: str) -> None:
+    program = pipeline.run(captured(model_type), [cleanup, pack_linears])
+    assert not program.find(fxlm.grouped_linear.default)
+    assert len(program.find(fxlm.packed_grouped_linear.default)) == 2 * 2
+
+
 def test_a_tied_embedding_reads_the_one_copy() -> None:
     program = pipeline.run(captured(tie_word_embeddings=True), [cleanup, pack_linears])
     (rows,) = program.find(fxlm.packed_rows.default)
@@ -47,7 +60,9 @@ def test_an_embedding_of_its_own_stays() -> None:
     assert not program.find(fxlm.packed_rows.default)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "gemma2", "opt", "mixtral"])
+@pytest.mark.parametrize(
+    "model_type", ["llama", "qwen2", "gemma2", "opt", "mixtral", "gpt_oss", "gpt2"]
+)
 @pytest.mark.parametrize("tied", [False, True])
 def test_equals(model_type: str, tied: bool) -> None:
     program = pipeline.run(captured(model_type, tie_word_embeddings=tied), MERGED)
@@ -103,6 +118,27 @@ def test_stays_away_from_other_types() -> None:
         narrow = program.call(aten.to.dtype, wide, torch.float32, like=linear)
     program.replace(linear, narrow)
     _stays(program, wide, "float64")
+
+
+def test_stays_away_from_an_addmm_that_adds_more_than_a_bias() -> None:
+    program = pipeline.run(captured("gpt2"), [cleanup])
+    layer = program.find(aten.addmm.default)[0]
+    layer.kwargs = {"beta": 2}
+    pipeline.run(program, [pack_linears])
+    assert program.find(aten.addmm.default) == [layer]
+    assert "more than a bias" in program.misses[-1]
+
+
+def test_stays_away_from_experts_that_serve_elsewhere() -> None:
+    program = pipeline.run(captured("mixtral"), [cleanup])
+    layer = program.find(fxlm.grouped_linear.default)[0]
+    weight: Any = layer.args[1]
+    with program.graph.inserting_before(layer.next):
+        norm = program.call(aten.sum.default, weight, like=layer)
+        moved = program.call(aten.add.Tensor, layer, norm, like=layer)
+    layer.replace_all_uses_with(moved, delete_user_cb=lambda user: user is not moved)
+    pipeline.run(program, [pack_linears])
+    assert program.find(fxlm.grouped_linear.default) == [layer]
 
 
 def _stays(program: Program, linear: torch.fx.Node, reason: str) -> None:

@@ -282,24 +282,35 @@ Sampled sample_cpu(Tensor logits, Tensor floats, Tensor ints, Tensor adjust_star
 
 Tensor pack_weight_cpu(Tensor weight) {
   const auto dtype = dtype_of(weight);
-  FXLM_CHECK(weight.dim() == 2, "weight is not [N, K]");
-  const int64_t outputs = weight.size(0), inputs = weight.size(1);
-  if (!dtype || (inputs > 1 && weight.stride(1) != 1))
+  const int64_t dim = weight.dim();
+  FXLM_CHECK(dim == 2 || dim == 3, "weight is neither [N, K] nor [E, N, K]");
+  const int64_t outputs = weight.size(dim - 2), inputs = weight.size(dim - 1);
+  if (!dtype || (inputs > 1 && weight.stride(dim - 1) != 1))
     return one_result<1>("fxlm::pack_weight_reference", {from(weight)});
   const int64_t per_step = inputs_per_step(*dtype);
-  Tensor packed = empty_cpu({(outputs + kPanel - 1) / kPanel, (inputs + per_step - 1) / per_step,
-                             kPanel, per_step},
-                            type_of(weight));
-  pack_weight({*dtype, weight.data_ptr(), outputs, inputs, weight.stride(0), packed.data_ptr()});
+  std::vector<int64_t> sizes{(outputs + kPanel - 1) / kPanel, (inputs + per_step - 1) / per_step,
+                             kPanel, per_step};
+  const int64_t units = sizes[0] * sizes[1] * sizes[2] * sizes[3];
+  if (dim == 3) sizes.insert(sizes.begin(), weight.size(0));
+  Tensor packed = empty_cpu(sizes, type_of(weight));
+  const char* from_data = static_cast<const char*>(weight.data_ptr());
+  char* to_data = static_cast<char*>(packed.data_ptr());
+  const int64_t width = int64_t(weight.element_size());
+  for (int64_t i = 0; i < (dim == 3 ? weight.size(0) : 1); ++i)
+    pack_weight({*dtype, from_data + (dim == 3 ? i * weight.stride(0) * width : 0), outputs, inputs,
+                 weight.stride(dim - 2), to_data + i * units * width});
   return packed;
 }
 
-void check_packed(const Tensor& packed, Dtype dtype, int64_t inputs) {
-  const int64_t per_step = inputs_per_step(dtype);
-  FXLM_CHECK(packed.dim() == 4 && packed.is_contiguous() && packed.size(2) == kPanel &&
-                 packed.size(3) == per_step &&
-                 packed.size(1) == (inputs + per_step - 1) / per_step,
+// The last four dimensions are those of one packed weight [n, inputs].
+void check_packed(const Tensor& packed, Dtype dtype, int64_t inputs, int64_t n) {
+  const int64_t per_step = inputs_per_step(dtype), first = packed.dim() - 4;
+  FXLM_CHECK(first >= 0 && packed.is_contiguous() && packed.size(first + 2) == kPanel &&
+                 packed.size(first + 3) == per_step &&
+                 packed.size(first + 1) == (inputs + per_step - 1) / per_step,
              "packed is no packed weight of ", inputs, " inputs");
+  FXLM_CHECK(n >= 0 && (n + kPanel - 1) / kPanel == packed.size(first), "packed has ",
+             packed.size(first), " panels, which do not make ", n, " outputs");
 }
 
 Tensor packed_linear_cpu(Tensor x, Tensor packed, MaybeTensor bias, int64_t n) {
@@ -317,9 +328,8 @@ Tensor packed_linear_cpu(Tensor x, Tensor packed, MaybeTensor bias, int64_t n) {
   args.dtype = *dtype;
   args.inputs = x.size(x.dim() - 1);
   args.x_stride = x.stride(x.dim() - 1);
-  check_packed(packed, *dtype, args.inputs);
-  FXLM_CHECK(n >= 0 && (n + kPanel - 1) / kPanel == packed.size(0), "packed has ", packed.size(0),
-             " panels, which do not make ", n, " outputs");
+  FXLM_CHECK(packed.dim() == 4, "packed has ", packed.dim(), " dimensions");
+  check_packed(packed, *dtype, args.inputs, n);
   FXLM_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == n && (n <= 1 || bias->stride(0) == 1)),
              "bias is not [", n, "] and dense");
   const auto offsets = row_offsets(x, rows);
@@ -335,11 +345,58 @@ Tensor packed_linear_cpu(Tensor x, Tensor packed, MaybeTensor bias, int64_t n) {
   return out;
 }
 
+// Ends of the groups, as int64; each at least the one before, the last within `rows`.
+std::vector<int64_t> group_ends(const Tensor& offsets, int64_t groups, int64_t rows) {
+  const bool wide = offsets.scalar_type() == ScalarType::Long;
+  FXLM_CHECK(offsets.dim() == 1 && offsets.size(0) == groups && offsets.is_contiguous() &&
+                 (wide || offsets.scalar_type() == ScalarType::Int),
+             "offsets are not [", groups, "] integers");
+  std::vector<int64_t> ends(groups);
+  for (int64_t i = 0, before = 0; i < groups; before = ends[i++]) {
+    ends[i] = wide ? static_cast<const int64_t*>(offsets.data_ptr())[i]
+                   : static_cast<const int32_t*>(offsets.data_ptr())[i];
+    FXLM_CHECK(ends[i] >= before && ends[i] <= rows, "offsets[", i, "] = ", ends[i], " after ",
+               before, " of ", rows, " rows");
+  }
+  return ends;
+}
+
+Tensor packed_grouped_linear_cpu(Tensor x, Tensor packed, Tensor offsets, int64_t n) {
+  const auto dtype = dtype_of(x);
+  if (!dtype || packed.scalar_type() != x.scalar_type())
+    return one_result<4>("fxlm::packed_grouped_linear_reference",
+                         {from(x), from(packed), from(offsets), from(n)});
+  FXLM_CHECK(x.dim() == 2 && packed.dim() == 5, "x is not [S, K], or packed holds no experts");
+  const int64_t rows = x.size(0), width = int64_t(x.element_size());
+  check_packed(packed, *dtype, x.size(1), n);
+  const auto ends = group_ends(offsets, packed.size(0), rows);
+  const auto begins = row_offsets(x, rows);
+  Tensor out = empty_cpu({rows, n}, type_of(x));
+  char* to = static_cast<char*>(out.data_ptr());
+  PackedLinear args{};
+  args.dtype = *dtype;
+  args.inputs = x.size(1);
+  args.x = x.data_ptr();
+  args.x_stride = x.stride(1);
+  args.outputs = n;
+  int64_t row = 0;
+  for (int64_t group = 0; group < packed.size(0); row = ends[group++]) {
+    args.num_rows = ends[group] - row;
+    args.rows = begins.data() + row;
+    args.packed = static_cast<const char*>(packed.data_ptr()) + group * packed.stride(0) * width;
+    args.out = to + row * n * width;
+    packed_linear(args);
+  }
+  std::memset(to + row * n * width, 0, (rows - row) * n * width);
+  return out;
+}
+
 Tensor packed_rows_cpu(Tensor packed, Tensor ids, int64_t k) {
   const auto dtype = dtype_of(packed);
   if (!dtype || ids.scalar_type() != ScalarType::Long || !ids.is_contiguous())
     return one_result<3>("fxlm::packed_rows_reference", {from(packed), from(ids), from(k)});
-  check_packed(packed, *dtype, k);
+  FXLM_CHECK(packed.dim() == 4, "packed has ", packed.dim(), " dimensions");
+  check_packed(packed, *dtype, k, packed.size(0) * kPanel);
   std::vector<int64_t> sizes;
   int64_t count = 1;
   for (int64_t i = 0; i < ids.dim(); ++i) sizes.push_back(ids.size(i)), count *= ids.size(i);
@@ -359,6 +416,7 @@ Tensor packed_rows_cpu(Tensor packed, Tensor ids, int64_t k) {
 STABLE_TORCH_LIBRARY_IMPL(fxlm, CPU, library) {
   library.impl("pack_weight", TORCH_BOX(&fxlm::pack_weight_cpu));
   library.impl("packed_linear", TORCH_BOX(&fxlm::packed_linear_cpu));
+  library.impl("packed_grouped_linear", TORCH_BOX(&fxlm::packed_grouped_linear_cpu));
   library.impl("packed_rows", TORCH_BOX(&fxlm::packed_rows_cpu));
   library.impl("paged_attention", TORCH_BOX(&fxlm::paged_attention_cpu));
   library.impl("sample", TORCH_BOX(&fxlm::sample_cpu));

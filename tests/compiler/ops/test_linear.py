@@ -170,3 +170,33 @@ def test_what_does_not_fit_is_an_error(registered: str) -> None:
         OPS.packed_linear(torch.ones(1, 8), packed, torch.ones(69), 70)
     with pytest.raises(RuntimeError, match=r"ids\[1\] = 128"):
         OPS.packed_rows(packed, torch.tensor([0, 128]), 8)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [(65, 63), (128, 200)])
+def test_kernel_of_experts_equals_each_by_itself(
+    dtype: torch.dtype, shape: tuple[int, int]
+) -> None:
+    weight = torch.stack([weight_of(shape, dtype) * scale for scale in (1, 2, 3, 4)])
+    packed = OPS.pack_weight(weight)
+    assert torch.equal(packed, OPS.pack_weight_reference(weight))
+    assert torch.equal(OPS.pack_weight(weight.mT.contiguous().mT), packed)
+    x = normal(40, shape[1], dtype=dtype)
+    ends = torch.tensor([1, 18, 18, 37])
+    for offsets in (ends, ends.int()):
+        got = OPS.packed_grouped_linear(x, packed, offsets, shape[0])
+        for expert, (begin, end) in enumerate(((0, 1), (1, 18), (18, 18), (18, 37))):
+            want = OPS.packed_linear(x[begin:end], packed[expert], None, shape[0])
+            assert torch.equal(got[begin:end], want)
+        assert not got[37:].any(), "rows of no expert are zero"
+        reference = OPS.packed_grouped_linear_reference(x, packed, offsets, shape[0])
+        torch.testing.assert_close(got, reference, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+def test_experts_that_do_not_fit_are_an_error(registered: str) -> None:
+    if registered == "reference":
+        pytest.skip("checked by the kernels")
+    packed, x = OPS.pack_weight(torch.ones(2, 70, 8)), torch.ones(4, 8)
+    for offsets in ([1, 5], [3, 2], [1]):
+        with pytest.raises(RuntimeError, match="offsets"):
+            OPS.packed_grouped_linear(x, packed, torch.tensor(offsets), 70)
