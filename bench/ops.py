@@ -14,7 +14,10 @@ Writes ``bench/results/ops.json``. Whole models are measured in ``offline.py``.
 """
 
 import argparse
+import statistics
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,7 +43,10 @@ DECODE = (
 PREFILL = ((1, 0, 1024, 32, 8, 128), (1, 8192, 256, 32, 8, 128))
 # outputs, inputs: qkv, o, gate and up, down, head
 LINEARS = ((3072, 2048), (2048, 2048), (16384, 2048), (2048, 8192), (128256, 2048))
-LINEAR_ROWS = (1, 8, 32, 512)
+LINEAR_ROWS = (1, 2, 5, 8, 16, 32, 512)
+# experts, outputs, inputs, experts a token: gate and up of OLMoE-1B-7B
+EXPERTS = (64, 2048, 2048, 8)
+EXPERT_TOKENS = (1, 8, 64)
 COLD_BYTES = 256 << 20  # of weights that are read in turn
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 # name -> temperature, top_p, top_k, num_logprobs
@@ -94,35 +100,71 @@ def linear(
     copies = max(1, COLD_BYTES // (outputs * inputs * dtype.itemsize))
     plain = [torch.randn(outputs, inputs).to(dtype) for _ in range(copies)]
     packed = [torch.ops.fxlm.pack_weight(weight) for weight in plain]
-    results = []
+    results, op = [], torch.ops.fxlm.packed_linear
     for rows in LINEAR_ROWS:
         x = torch.randn(rows, inputs).to(dtype)
         count = copies if rows < 100 else 1
-        best = [float("inf")] * 2
-        for _ in range(repeats):
-            for weight, panels in zip(plain[:count], packed[:count], strict=True):
-                now = CLOCKS[clock]
-                times = [now()]
-                torch.nn.functional.linear(x, weight)
-                times.append(now())
-                torch.ops.fxlm.packed_linear(x, panels, None, outputs)
-                times.append(now())
-                best = [min(best[i], times[i + 1] - times[i]) for i in range(2)]
-        results.append(_linear_row(shape, rows, dtype, *best))
+        pairs = [
+            (partial(torch.nn.functional.linear, x, weight), partial(op, x, panels, None, outputs))
+            for weight, panels in zip(plain[:count], packed[:count], strict=True)
+        ]
+        sizes = {"outputs": outputs, "inputs": inputs, "rows": rows}
+        times = _in_turns(pairs, clock, repeats)
+        results.append(_linear_row(sizes, outputs * inputs, rows, dtype, times))
     return results
 
 
+def experts(tokens: int, dtype: torch.dtype, clock: str, repeats: int) -> dict[str, object]:
+    """Times of ``grouped_linear`` in plain PyTorch and of the packed op; experts at random."""
+    count, outputs, inputs, chosen = EXPERTS
+    weight = torch.randn(1, outputs, inputs).to(dtype).expand(count, -1, -1).contiguous()
+    packed = torch.ops.fxlm.pack_weight(weight)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.cat([torch.randperm(count, generator=generator)[:chosen] for _ in range(tokens)])
+    ends = torch.bincount(ids, minlength=count).cumsum(0).int()
+    x = torch.randn(tokens * chosen, inputs).to(dtype)
+    pair = (
+        lambda: torch.ops.fxlm.grouped_linear(x, weight, ends),
+        lambda: torch.ops.fxlm.packed_grouped_linear(x, packed, ends, outputs),
+    )
+    used = int(ids.unique().numel())
+    sizes = {"experts": used, "outputs": outputs, "inputs": inputs, "rows": tokens * chosen}
+    times = _in_turns([pair], clock, repeats)
+    row = _linear_row(sizes, outputs * inputs * used, tokens * chosen / used, dtype, times)
+    return row
+
+
+Pair = tuple[Callable[[], object], Callable[[], object]]
+
+
+def _in_turns(pairs: Sequence[Pair], clock: str, repeats: int) -> tuple[list[float], list[float]]:
+    """Seconds of each call of the first and of the second of every pair."""
+    now = CLOCKS[clock]
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for _ in range(repeats):
+        for pair in pairs:
+            for kept, call in zip(seconds, pair, strict=True):
+                started = now()
+                call()
+                kept.append(now() - started)
+    return seconds
+
+
 def _linear_row(
-    shape: tuple[int, int], rows: int, dtype: torch.dtype, aten: float, packed: float
+    sizes: dict[str, int],
+    weights: int,
+    rows: float,
+    dtype: torch.dtype,
+    times: tuple[list[float], list[float]],
 ) -> dict[str, object]:
-    weights = shape[0] * shape[1]
+    """Best times and rates; ``rows`` is what each weight meets."""
+    aten, packed = min(times[0]), min(times[1])
     return {
-        "outputs": shape[0],
-        "inputs": shape[1],
-        "rows": rows,
+        **sizes,
         "dtype": str(dtype).removeprefix("torch."),
         "aten_us": aten * 1e6,
         "us": packed * 1e6,
+        "median_us": statistics.median(times[1]) * 1e6,
         "gb_s": weights * dtype.itemsize / packed / 1e9,
         "tflop_s": 2 * rows * weights / packed / 1e12,
         "speedup": aten / packed,
@@ -157,7 +199,9 @@ def main() -> None:
         "--clock", choices=CLOCKS, default="wall", help="of linear layers and probes"
     )
     parser.add_argument("--name", default="ops", help="of the result file")
-    parser.add_argument("--only", choices=("attention", "linear", "sampler"), help="one of them")
+    parser.add_argument(
+        "--only", choices=("attention", "linear", "experts", "sampler"), help="one of them"
+    )
     parser.add_argument("--output", type=Path, default=None, help="instead of bench/results/")
     options = parser.parse_args()
     if options.threads is not None:
@@ -175,6 +219,12 @@ def main() -> None:
             for dtype in dtypes
             for shape in LINEARS
             for row in linear(shape, dtype, options.clock, max(1, options.repeats // 4))
+        ]
+    if options.only in (None, "experts"):
+        tables["Experts, packed against plain PyTorch"] = [
+            experts(tokens, dtype, options.clock, max(3, options.repeats // 2))
+            for dtype in dtypes
+            for tokens in EXPERT_TOKENS
         ]
     if options.only in (None, "sampler"):
         tables["Sampler, one row"] = [
