@@ -32,6 +32,8 @@ COLUMNS = ("plan", "fill", "commit", "encode", "total", "total_p99")
 class NullWorker:
     """Answers token 5 to everything."""
 
+    tier = "interpreted"
+
     def __init__(self, spec: WorkerSpec) -> None:
         self.spec = spec
 

@@ -384,9 +384,15 @@ class Engine:
         for position in range(num_accepted):
             stats.accepted_per_position[position] += 1
 
+    def started(self, seconds: dict[str, float], artifact: str) -> None:
+        """Note how the start went, for `stats`: seconds by phase, and what the cache had."""
+        self._stats.startup = seconds
+        self._stats.artifact = artifact
+
     def stats(self) -> Stats:
         """Numbers of this moment and totals; the object is reused by the next call."""
         stats, scheduler = self._stats, self.scheduler
+        stats.tier = self.worker.tier
         stats.num_running = len(scheduler.running)
         stats.num_waiting = scheduler.num_waiting
         stats.kv_cache_usage = scheduler.pool.usage

@@ -69,20 +69,30 @@ def prepare(args: argparse.Namespace) -> EngineSpec:
 def make_engine(**values: Any) -> Engine:
     """Factory for the engine process: options as plain values, progress on standard error."""
     from fxlm.runtime.explain import stamp
+    from fxlm.runtime.machine import process_started
     from fxlm.runtime.worker import build_engine, set_threads
 
     options = from_mapping(values)
+    phases = {"start process": time.time() - process_started()}
     started = time.perf_counter()
+
+    def report(stage: str, seconds: float) -> None:
+        phases[stage] = seconds
+        _report(stage, seconds)
+
     threads, why = set_threads(options.threads)
     _say(f"threads {threads} ({why})")
-    engine, plan, compilation = build_engine(options, _report)
+    engine, plan, compilation = build_engine(options, report)
     if compilation.miss is not None:
         _say(f"compiled since {compilation.miss.text}")
-    _say(f"artifact {'found' if compilation.cached else 'compiled'}: {compilation.artifact.path}")
+    _say(f"artifact {'found' if compilation.cached else 'made'}: {compilation.artifact.path}")
     _say(stamp.line(compilation.artifact, compilation.checkpoint.weights_digest()))
     for line in plan.lines():
         _say(line)
-    _say(f"engine ready after {time.perf_counter() - started:.1f} s")
+    took = time.perf_counter() - started
+    phases["rest"] = took - (sum(phases.values()) - phases["start process"])
+    engine.started(dict(phases), "hit" if compilation.miss is None else compilation.miss.kind)
+    _say(f"engine ready after {took:.1f} s, {engine.worker.tier}")
     return engine
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -20,6 +21,17 @@ def num_cores() -> tuple[int, str]:
     if quota is not None and quota < (cores or 1):
         return max(1, math.floor(quota)), f"the control group grants {quota:g} CPUs"
     return cores or 1, "cores of the CPU affinity"
+
+
+def process_started() -> float:
+    """When this process started, in seconds of the epoch; now, where the system does not say."""
+    try:
+        # Fields behind the name, which may hold spaces: the 20th is in ticks since the boot.
+        ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return time.time()
+    return time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def memory_limit_bytes() -> tuple[int, str]:

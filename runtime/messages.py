@@ -122,6 +122,10 @@ class Stats(msgspec.Struct, tag=True, kw_only=True):
         accepted_per_position: accepted tokens by place in their draft; empty: nothing is drafted.
         num_messages_bad: messages that could not be read, total.
         num_polls: times the service loop looked for messages, total.
+        tier: what runs the steps, ``compiled`` or ``interpreted``.
+        startup: seconds from the start of the engine's process to its being ready, by phase.
+        artifact: ``hit`` if the cache had the artifact, else why not: ``absent``, ``damaged`` or
+            ``changed``.
     """
 
     num_running: int = 0
@@ -142,6 +146,9 @@ class Stats(msgspec.Struct, tag=True, kw_only=True):
     accepted_per_position: list[int] = msgspec.field(default_factory=list)
     num_messages_bad: int = 0
     num_polls: int = 0
+    tier: str = ""
+    startup: dict[str, float] = msgspec.field(default_factory=dict)
+    artifact: str = ""
 
 
 class Pong(msgspec.Struct, tag=True):

@@ -86,7 +86,7 @@ class Service:
             self._poller.register(wake_fd, zmq.POLLIN)
         self._deadline: float | None = None  # of the drain; monotonic seconds
         self._stats_sent = 0.0
-        self._stats_told: tuple[int, ...] = ()
+        self._stats_told: tuple[int | str, ...] = ()
         self._num_bad = 0
         self._num_polls = 0
 
@@ -187,7 +187,10 @@ class Service:
         """Tell the numbers if they changed."""
         stats = self._stats()
         ended = sum(stats.finished.values())
-        told = stats.num_steps, stats.num_running, stats.num_waiting, ended, stats.num_messages_bad
+        told = (
+            *(stats.num_steps, stats.num_running, stats.num_waiting, ended),
+            *(stats.num_messages_bad, stats.tier),
+        )
         if told != self._stats_told:
             self._stats_told = told
             self._stats_sent = time.monotonic()
@@ -261,6 +264,7 @@ def _signals(stops: list[int]) -> Iterator[int]:
     signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, _: stops.append(number))
+    signal.signal(signal.SIGUSR1, lambda number, _: None)  # wakes the loop: there is news to tell
     try:
         yield read_fd
     finally:

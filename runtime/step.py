@@ -100,6 +100,11 @@ class Worker(Protocol):
     @property
     def spec(self) -> WorkerSpec: ...
 
+    @property
+    def tier(self) -> str:
+        """What runs its steps: ``compiled`` or ``interpreted`` code."""
+        ...
+
     def run(self, batch: "Batch") -> StepResult:
         """Run the step that ``batch`` holds; blocks until its tokens are on the host."""
         ...

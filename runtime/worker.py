@@ -19,12 +19,13 @@ from fxlm.compiler.ops.kv_cache import allocate
 from fxlm.compiler.step import Step
 from fxlm.runtime import machine, prepared
 from fxlm.runtime.batch import Batch
-from fxlm.runtime.compile import Compilation, Report, compile_for
+from fxlm.runtime.compile import Compilation, Report
 from fxlm.runtime.drafting import compile_draft, make_speculator
 from fxlm.runtime.engine import Engine, EngineConfig
 from fxlm.runtime.memory import MemoryPlan, plan_memory
 from fxlm.runtime.options import EngineOptions
 from fxlm.runtime.step import StepResult, WorkerSpec
+from fxlm.runtime.tiers import check_same, first_tier
 
 _log = logging.getLogger(__name__)
 
@@ -45,13 +46,31 @@ class ModelWorker:
         self._spec = spec
         self.device = torch.device(artifact.manifest["model"]["device"])
         self._caches = self._allocate(artifact, spec)
+        self._weights = weights
         self._step = Step(artifact, weights, self._caches)
-        self._names = self._step.input_names()
+        self._next: Step | None = None
 
     @property
     def spec(self) -> WorkerSpec:
         """Sizes of the worker."""
         return self._spec
+
+    @property
+    def tier(self) -> str:
+        """``compiled``, or ``interpreted``: what runs the next step."""
+        return "compiled" if (self._next or self._step).compiled else "interpreted"
+
+    def upgrade(self, artifact: Artifact) -> None:
+        """Run every step from the next one on from an artifact of the same graphs.
+
+        May be called from another thread while a step runs. Weights and KV memory stay.
+
+        Raises:
+            ArtifactError: it is not of the same graphs, or does not open.
+        """
+        check_same(self.artifact, artifact)
+        self._next = Step(artifact, self._weights, self._caches)
+        self.artifact = artifact
 
     def _allocate(
         self, artifact: Artifact, spec: WorkerSpec
@@ -67,6 +86,8 @@ class ModelWorker:
     @torch.inference_mode()
     def run(self, batch: Batch) -> StepResult:
         """Run the step that ``batch`` holds; its tokens are on the host when this returns."""
+        if self._next is not None:
+            self._step, self._next = self._next, None
         tensors = batch.tensors()
         if self.device.type != "cpu":
             tensors = {n: t.to(self.device, non_blocking=True) for n, t in tensors.items()}
@@ -120,7 +141,7 @@ def build_engine(
         report: called with (stage, seconds) as stages end.
     """
     set_threads(options.threads)
-    compilation = compile_for(options, report=report)
+    compilation, background = first_tier(options, report)
     draft = compile_draft(options, compilation.artifact, report)
     plan = plan_memory(compilation.artifact, options, draft.artifact if draft else None)
     started = time.perf_counter()
@@ -142,4 +163,7 @@ def build_engine(
         policy=options.scheduling_policy,
         seed=options.seed,
     )
-    return Engine(worker, config, speculator), plan, compilation
+    engine = Engine(worker, config, speculator)
+    if background is not None:
+        background.then(worker.upgrade, lambda reason: _log.error("not compiled: %s", reason))
+    return engine, plan, compilation

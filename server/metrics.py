@@ -92,6 +92,7 @@ class EngineCollector(Collector):
         if stats.accepted_per_position:
             yield from self.speculation(stats)
         yield self.iterations(stats)
+        yield from self.start(stats)
 
     def speculation(self, stats: Stats) -> Iterator[Metric]:
         """Drafted and accepted tokens, where something is drafted."""
@@ -111,6 +112,33 @@ class EngineCollector(Collector):
         for position, value in enumerate(stats.accepted_per_position):
             places.add_metric([*self.values, str(position)], value)
         yield places
+
+    def start(self, stats: Stats) -> Iterable[Metric]:
+        """How the engine started, and what runs its steps."""
+        tier = GaugeMetricFamily(
+            "fxlm:tier", "1 for what runs the steps.", labels=[*self.names, "tier"]
+        )
+        for name in ("interpreted", "compiled"):
+            tier.add_metric([*self.values, name], float(stats.tier == name))
+        seconds = GaugeMetricFamily(
+            "fxlm:startup_seconds",
+            "Seconds from the start of the engine's process to its being ready, by phase.",
+            labels=[*self.names, "phase"],
+        )
+        for phase, value in stats.startup.items():
+            seconds.add_metric([*self.values, phase], value)
+        hits = CounterMetricFamily(
+            "fxlm:artifact_cache_hits", "Artifacts found in the cache.", labels=self.names
+        )
+        hits.add_metric(self.values, float(stats.artifact == "hit"))
+        misses = CounterMetricFamily(
+            "fxlm:artifact_cache_misses",
+            "Artifacts not found in the cache, by reason.",
+            labels=[*self.names, "reason"],
+        )
+        for reason in ("absent", "damaged", "changed"):
+            misses.add_metric([*self.values, reason], float(stats.artifact == reason))
+        return tier, seconds, hits, misses
 
     def iterations(self, stats: Stats) -> Metric:
         """Tokens a step, as a histogram."""

@@ -96,6 +96,7 @@ class FakeWorker:
         fault: dict[int, Exception] | None = None,
     ) -> None:
         self.spec = sizes
+        self.tier = "interpreted"
         self.tokens = np.full(sizes.num_blocks * sizes.block_size, -1, np.int64)
         self.positions = self.tokens.copy()
         self.num_steps = 0

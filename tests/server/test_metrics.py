@@ -83,6 +83,23 @@ def test_speculation_is_told_where_something_is_drafted() -> None:
     }
 
 
+def test_the_start_and_the_tier_are_told() -> None:
+    stats = Stats(tier="interpreted", startup={"load weights": 0.25}, artifact="changed")
+    collector = EngineCollector(lambda: stats, {})
+    found = {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in collector.collect()
+        for sample in family.samples
+        if sample.name.startswith("fxlm:")
+    }
+    assert found["fxlm:tier", "interpreted"] == 1.0
+    assert found["fxlm:tier", "compiled"] == 0.0
+    assert found["fxlm:startup_seconds", "load weights"] == 0.25
+    assert found[("fxlm:artifact_cache_hits_total",)] == 0.0
+    assert found["fxlm:artifact_cache_misses_total", "changed"] == 1.0
+    assert found["fxlm:artifact_cache_misses_total", "damaged"] == 0.0
+
+
 def test_names(running: Running) -> None:
     assert read(running)[0] >= NAMES
 
