@@ -1,7 +1,8 @@
 """What every bench shares: machine description, probes, timing, a table, a JSON file.
 
 Run a bench as a script (``python bench/offline.py``); its folder is then on the path and
-``from common import ...`` finds this file. Nothing here belongs to the installed package.
+``from common import ...`` finds this file. Nothing here belongs to the installed package; the
+probes of the machine do (`fxlm.runtime.probe`).
 
 A result is written to ``bench/results/<name>.json`` as ``{bench, machine, options, results}``, so
 that no number is seen without the machine and the versions it was measured with.
@@ -13,13 +14,17 @@ import os
 import platform
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from fxlm.runtime.probe import Clock as Clock
+from fxlm.runtime.probe import best_seconds as best_seconds
+from fxlm.runtime.probe import matmul_rate_tflops as matmul_rate_tflops
+from fxlm.runtime.probe import read_bandwidth_gbs as read_bandwidth_gbs
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -127,70 +132,6 @@ def machine() -> dict[str, object]:
         "system": platform.system(),
         "versions": _versions(),
     }
-
-
-# --- probes --------------------------------------------------------------------------------------
-
-
-Clock = Callable[[], float]
-
-
-def best_seconds(
-    function: Callable[[], object],
-    *,
-    repeats: int = 7,
-    warmup: int = 1,
-    clock: Clock = time.perf_counter,
-) -> float:
-    """Shortest time of one call, in seconds: what the machine can do when undisturbed.
-
-    With ``time.process_time`` as the clock and one thread, what other processes take of the cores
-    is left out.
-    """
-    for _ in range(warmup):
-        function()
-    best = float("inf")
-    for _ in range(repeats):
-        start = clock()
-        function()
-        best = min(best, clock() - start)
-    return best
-
-
-def read_bandwidth_gbs(
-    *, size_bytes: int | None = None, repeats: int = 7, clock: Clock = time.perf_counter
-) -> float:
-    """Measured read bandwidth of main memory with all of torch's threads, in 10^9 bytes/s.
-
-    Sums an int64 array: one addition for eight bytes leaves the memory as the only bound. (A C++
-    loop under OpenMP gives the same figure; torch's int32 sum, which widens, a thirtieth of it.)
-
-    Args:
-        size_bytes: the array; must exceed the last-level cache many times. By default 1 GiB, or an
-            eighth of the available memory where that is less.
-    """
-    if size_bytes is None:
-        size_bytes = min(1 << 30, _memory_bytes("MemAvailable") // 8 or 1 << 28)
-    array = torch.ones(size_bytes // 8, dtype=torch.int64)
-    seconds = best_seconds(lambda: torch.sum(array), repeats=repeats, clock=clock)
-    return array.nbytes / seconds / 1e9
-
-
-def matmul_rate_tflops(
-    dtype: torch.dtype,
-    *,
-    size: int = 2048,
-    repeats: int = 5,
-    clock: Clock = time.perf_counter,
-) -> float:
-    """Measured rate of a square matrix product in ``dtype``, in 10^12 operations/s.
-
-    Counts 2 * size**3 operations a product; both factors are drawn once and stay in memory.
-    """
-    generator = torch.Generator().manual_seed(0)
-    left, right = (torch.randn(size, size, generator=generator).to(dtype) for _ in range(2))
-    seconds = best_seconds(lambda: left @ right, repeats=repeats, clock=clock)
-    return 2 * size**3 / seconds / 1e12
 
 
 # --- reporting -----------------------------------------------------------------------------------

@@ -152,6 +152,13 @@ def disable(passes: Sequence[GraphPass], names: Iterable[str]) -> list[GraphPass
     return kept
 
 
+def require_names(names: Iterable[str], known: Sequence[str]) -> None:
+    """Refuse a name that no pass has, with the nearest that one has."""
+    for name in names:
+        if name not in known:
+            raise InvalidOption("--pass", name, _suggest(name, known))
+
+
 def run(program: Program, passes: Iterable[GraphPass]) -> Program:
     """Run the passes in order on ``program``, in place.
 

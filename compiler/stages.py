@@ -126,6 +126,10 @@ class Stage:
         self._weights = _load(program, cut, read)
         self._runner = graph_json.Runner(graph_json.dump(cut.step))
 
+    def bind(self, caches: Caches) -> Callable[[Mapping[str, torch.Tensor]], list[torch.Tensor]]:
+        """Steps over these caches."""
+        return lambda inputs: self(inputs, caches)
+
     def __call__(
         self, inputs: Mapping[str, torch.Tensor], caches: Caches, watch: Watch | None = None
     ) -> list[torch.Tensor]:

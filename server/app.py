@@ -19,6 +19,7 @@ from fxlm.server.bridge import Bridge, Engine
 from fxlm.server.chat import chat_completions
 from fxlm.server.completions import completions
 from fxlm.server.errors import ApiError, first_line, on_error, on_http_error
+from fxlm.server.explorer import Explorer, compiler_page
 from fxlm.server.metrics import CONTENT_TYPE, Metrics
 from fxlm.server.options import ServerOptions
 from fxlm.server.record import RecordMiddleware
@@ -83,6 +84,7 @@ def routes() -> list[Route]:
         Route("/health", health),
         Route("/metrics", metrics),
         Route("/version", version),
+        Route("/compiler", compiler_page),
     ]
 
 
@@ -117,7 +119,10 @@ async def on_client_left(_: Request, __: Exception) -> Response:
 
 
 def create_app(
-    engine: Engine, served: ServedModel, options: ServerOptions | None = None
+    engine: Engine,
+    served: ServedModel,
+    options: ServerOptions | None = None,
+    explorer: Explorer | None = None,
 ) -> Starlette:
     """The ASGI application over a started engine.
 
@@ -125,6 +130,7 @@ def create_app(
         engine: a started client of the engine.
         served: the model it runs.
         options: keys, limits, origins; nothing of them is read later from elsewhere.
+        explorer: makes the page of ``/compiler``; None: there is none.
     """
     options = options or ServerOptions()
     numbers = Metrics(served.names[0], served.max_model_len, lambda: engine.stats)
@@ -139,6 +145,7 @@ def create_app(
         },
     )
     app.router.redirect_slashes = False  # a redirect would name a host that the client chose
+    app.state.explorer = explorer
     app.state.fxlm = ServerState(
         served=served,
         bridge=Bridge(engine, served, numbers, options.max_num_queued_reqs),

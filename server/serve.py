@@ -24,6 +24,7 @@ from starlette.applications import Starlette
 from fxlm.compiler.errors import InvalidOption
 from fxlm.server.app import create_app
 from fxlm.server.errors import unavailable
+from fxlm.server.explorer import Explorer
 from fxlm.server.options import ServerOptions, server_options
 from fxlm.server.state import ServerState
 
@@ -47,8 +48,12 @@ def serve(args: argparse.Namespace, announce: Announce) -> int:
 
         async def run() -> None:
             async with serving(spec, args) as (engine, served):
-                app = create_app(engine, served, options)
-                await Server(app, options, announce).serve(sockets=[listener])
+                explorer = Explorer(spec.kwargs)
+                app = create_app(engine, served, options, explorer)
+                try:
+                    await Server(app, options, announce).serve(sockets=[listener])
+                finally:
+                    await explorer.close()
 
         asyncio.run(run())
     return 0

@@ -3,10 +3,38 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 
+from fxlm.runtime.explain import text
 from fxlm.runtime.launch import engine_options
 from fxlm.runtime.options import EngineOptions
+
+
+def explain_command(args: argparse.Namespace) -> int:
+    """``fxlm explain``: a line a pass, or all of one pass; the page and the JSON where asked."""
+    from fxlm.models.checkpoint import open_checkpoint
+    from fxlm.runtime.compile import cache_directory
+    from fxlm.runtime.explain.page import render
+    from fxlm.runtime.explain.report import Choices, explain
+    from fxlm.runtime.options import compile_options
+
+    wanted = [item for item in args.passes if ":" not in item]
+    args.passes = [item for item in args.passes if ":" in item]
+    options = _options(args)
+    checkpoint = open_checkpoint(options.model, options.revision, options.trust_remote_code)
+    choices = Choices(layers=args.layers, times="compiled" if args.time else "interpreted")
+    report = explain(
+        checkpoint, compile_options(options), choices,
+        cache_dir=cache_directory(options.cache_dir), wanted=wanted, tell=_say,
+    )  # fmt: skip
+    for line in text.lines(report, wanted):
+        print(line)
+    for path, content in ((args.json, json.dumps), (args.html, render)):
+        if path is not None:
+            path.write_text(content(report), encoding="utf-8")
+            print(path)
+    return 0
 
 
 def verify_command(args: argparse.Namespace) -> int:
@@ -79,4 +107,8 @@ def _options(args: argparse.Namespace) -> EngineOptions:
 
 
 def _report(stage: str, seconds: float) -> None:
-    print(f"fxlm: {stage:<22}{seconds:6.1f} s", file=sys.stderr, flush=True)
+    _say(f"{stage:<22}{seconds:6.1f} s")
+
+
+def _say(line: str) -> None:
+    print(f"fxlm: {line}", file=sys.stderr, flush=True)

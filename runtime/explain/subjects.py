@@ -24,6 +24,7 @@ from fxlm.runtime.explain.fixtures import Mode
 from fxlm.runtime.front import Front, front
 
 Prompts = Sequence[Sequence[int]]
+Run = Callable[[dict[str, torch.Tensor]], list[torch.Tensor]]
 
 
 class Subject(Protocol):
@@ -34,8 +35,8 @@ class Subject(Protocol):
     cache_specs: list[CacheSpec]
     steer_size: int
 
-    def __call__(self, inputs: dict[str, torch.Tensor], caches: Caches) -> list[torch.Tensor]:
-        """One step."""
+    def bind(self, caches: Caches) -> Run:
+        """Steps over these caches."""
         ...
 
 
@@ -59,10 +60,15 @@ class ArtifactSubject:
         with torch.inference_mode():
             self.weights = load_weights(artifact, checkpoint, torch.device("cpu"))
 
-    def __call__(self, inputs: dict[str, torch.Tensor], caches: Caches) -> list[torch.Tensor]:
-        """One step; a `Step` is bound to its caches, so each run has its own."""
-        with torch.inference_mode():
-            return Step(self.artifact, self.weights, caches, self.eager)(inputs)
+    def bind(self, caches: Caches) -> Run:
+        """Steps over these caches."""
+        step = Step(self.artifact, self.weights, caches, self.eager)
+
+        def run(inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+            with torch.inference_mode():
+                return step(inputs)
+
+        return run
 
 
 def new_caches(specs: Sequence[CacheSpec], num_blocks: int, block_size: int) -> Caches:
@@ -81,15 +87,14 @@ def score(
     """Run the prompts in one mode. A subject without a cache knows ``prefill alone`` only."""
     assert subject.paged or mode == "prefill alone", mode
     parts: list[Scores] = []
-    caches: Caches = {}
     run = -1
     for number, chunks in fixtures.steps(prompts, mode):
         if number != run:
             blocks = fixtures.num_blocks(prompts, block_size)
-            caches = new_caches(subject.cache_specs, blocks, block_size)
+            step = subject.bind(new_caches(subject.cache_specs, blocks, block_size))
             run = number
         inputs = fixtures.step_inputs(prompts, chunks, block_size, subject.steer_size)
-        outputs = subject(inputs, caches)
+        outputs = step(inputs)
         rows = fixtures.rows_of(chunks)
         if all(fixtures.is_scored(mode, chunk) for chunk in chunks):
             sampled = subject.sampled
