@@ -63,7 +63,7 @@ class Cost:
 def step_cost(program: Program, shape: Shape, cut: Cut | None = None) -> Cost:
     """Cost of one step of a program at any stage (its ``hoist`` may be given)."""
     cut = cut or hoist(program)
-    paged = program.stage in ("paged", "final")
+    paged = program.stage not in ("captured", "bound")
     used = shape if paged else Shape(
         name=shape.name, num_seqs=shape.num_seqs, num_new=shape.context, context=shape.context
     )  # fmt: skip
@@ -75,8 +75,8 @@ class _Counter:
         self.cut = cut
         self.shape = shape
         tokens, seqs = shape.num_seqs * shape.num_new, shape.num_seqs
-        values = {"T": tokens, "S": seqs, "R": seqs, "S+1": seqs + 1, "R+1": seqs + 1, "N": 1,
-                  "B": -(-shape.context // program.facts.block_size)}  # fmt: skip
+        values = dict.fromkeys(("S", "R", "G"), seqs) | dict.fromkeys(("S+1", "R+1"), seqs + 1)
+        values |= {"T": tokens, "N": 1, "B": -(-shape.context // program.facts.block_size)}
         program.symbol("T")
         self.sizes = {
             size.node.expr: values[name]

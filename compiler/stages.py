@@ -119,8 +119,8 @@ class Stage:
         program = copy_program(program)
         self.cache_specs = program.caches
         self.steer_size = sum(program.steered.values())
-        self.paged = program.stage in ("paged", "final")
-        self.sampled = program.stage == "final"
+        self.paged = program.stage not in ("captured", "bound")
+        self.sampled = self.paged and program.stage != "paged"
         cut = hoist(program)
         self._inputs = cut.step_inputs
         self._weights = _load(program, cut, read)

@@ -131,6 +131,8 @@ def step_inputs(
         "adjust_ids": torch.zeros(1, dtype=torch.int64),
         "adjust_counts": torch.zeros(1, dtype=torch.int32),
         "adjust_bias": torch.zeros(1),
+        "draft_ids": torch.full((count,), -1),  # nothing is drafted
+        "draw_start": torch.arange(count),
         "steer_table": torch.zeros(1, steer_size),  # row 0: nobody steers
         "steer_rows": torch.zeros(count, dtype=torch.int64),
     }

@@ -244,7 +244,7 @@ def _add_times(
             disabled = (*options.disabled, *([without] if without else []))
             chosen = replace(options, eager=choices.times != "compiled", disabled=disabled)
             made = compile_model(checkpoint, chosen, cache_dir=root)
-            return subjects.ArtifactSubject(made.artifact, checkpoint.read)
+            return subjects.ArtifactSubject(made.artifact, checkpoint)
 
         whole = make(None)
         for entry in passes:
