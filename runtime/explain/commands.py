@@ -13,8 +13,8 @@ from fxlm.runtime.options import EngineOptions
 
 def explain_command(args: argparse.Namespace) -> int:
     """``fxlm explain``: a line a pass, or all of one pass; the page and the JSON where asked."""
+    from fxlm.compiler.cache import cache_directory
     from fxlm.models.checkpoint import open_checkpoint
-    from fxlm. import cache_directory
     from fxlm.runtime.explain.page import render
     from fxlm.runtime.explain.report import Choices, explain
     from fxlm.runtime.options import compile_options
