@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from common import Clock, matmul_rate_tflops, print_table, read_bandwidth_gbs, write_results
+from fxlm.compiler.artifact import TensorSpec, dtype_of
 from fxlm.runtime.engine import Engine
 from fxlm.runtime.options import EngineOptions
 from fxlm.runtime.request import Request
@@ -36,7 +37,8 @@ def main() -> None:
     engine, plan, compilation = build_engine(_engine_options(options))
     weights = compilation.artifact.weights()
     vocabulary = int(compilation.artifact.manifest["model"]["vocab_size"])
-    matmul = sum(_multiplied(s.shape, vocabulary) for s in weights.values())
+    matmul = sum(_multiplied(s, vocabulary) for s in weights.values())
+    read_bytes = plan.weights_bytes - _looked_up(list(weights.values()), vocabulary)
     before = read_bandwidth_gbs(clock=clock)
     rate = matmul_rate_tflops(
         getattr(torch, compilation.artifact.manifest["model"]["dtype"]), clock=clock
@@ -45,7 +47,7 @@ def main() -> None:
     for batch in options.batch:
         row = _decode(engine, batch, options.prompt_decode, options.tokens, clock)
         context = options.prompt_decode + options.tokens // 2
-        moved = plan.weights_bytes + batch * context * plan.kv_bytes_per_token
+        moved = read_bytes + batch * context * plan.kv_bytes_per_token
         row["read_gb"] = moved / 1e9
         row["share_of_bandwidth"] = moved / 1e9 / row["step_s"] / before
         rows.append(row)
@@ -70,6 +72,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("model", nargs="?", default="bundled")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--quantization", help="round the weights while loading: int8, int4, ...")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the prefill")
     parser.add_argument("--prompt-decode", type=int, default=256, help="tokens before decoding")
@@ -87,6 +90,7 @@ def _parse() -> argparse.Namespace:
 def _engine_options(options: argparse.Namespace) -> EngineOptions:
     return EngineOptions(
         model=options.model, dtype=options.dtype, device=options.device,
+        quantization=options.quantization,
         enforce_eager=options.enforce_eager, threads=options.threads,
         disable_passes=tuple(options.disable_pass),
         enable_prefix_caching=False, max_num_seqs=max(options.batch), seed=0,
@@ -95,10 +99,25 @@ def _engine_options(options: argparse.Namespace) -> EngineOptions:
     )  # fmt: skip
 
 
-def _multiplied(shape: tuple[int, ...], vocabulary: int) -> int:
+def _outputs(weight: TensorSpec) -> int:
+    packed = len(weight.shape) == 4  # [panels, steps, 64 outputs, inputs of a step]
+    return weight.shape[0] * 64 if packed else weight.shape[0]
+
+
+def _multiplied(weight: TensorSpec, vocabulary: int) -> int:
     """Products a token that a weight takes part in; the head and the embedding serve few rows."""
-    outputs = shape[0] * 64 if len(shape) == 4 else shape[0]  # packed: [panels, steps, 64, 1 or 2]
-    return 0 if len(shape) not in (2, 4) or outputs >= vocabulary else math.prod(shape)
+    if len(weight.shape) not in (2, 4) or _outputs(weight) >= vocabulary:
+        return 0
+    return math.prod(weight.shape) * (2 if weight.dtype == "uint8" else 1)  # two codes a byte
+
+
+def _looked_up(weights: list[TensorSpec], vocabulary: int) -> int:
+    """Bytes of an embedding beside a head of its own: a step reads a few rows of it."""
+    large = [w for w in weights if len(w.shape) in (2, 4) and _outputs(w) >= vocabulary]
+    plain = [w for w in large if len(w.shape) == 2]
+    if len(large) < 2 or len(plain) == len(large):
+        return 0
+    return sum(math.prod(w.shape) * dtype_of(w.dtype).itemsize for w in plain)
 
 
 def _prefill(

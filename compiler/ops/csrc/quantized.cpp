@@ -5,7 +5,7 @@
 // scheme asks for it, otherwise fixed point with one scale a row and segment, 16 bits for 16-bit
 // types and 24 for float32. Its error is at most 2**-16 (2**-24) of the segment's largest input,
 // which is below what rounding the result to x's type costs. Products and the sums of a segment
-// are then exact. For other weights x becomes float32.
+// are then exact. For other weights x becomes float32, or stays bfloat16.
 //
 // Tiles take turns over a block of a panel, which the first brings into the cache. While they do,
 // the next block is prefetched, a few lines a step.
@@ -115,6 +115,11 @@ void split(const float* x, int64_t count, float scale, int8_t* const* planes, in
   for (int p = 0; p < P; ++p) sums[p] = lanes_total(total[p]);
 }
 
+// Of floats that bfloat16 holds.
+inline uint32_t half_pair(float first, float second) {
+  return bit_cast<uint32_t>(first) >> 16 | (bit_cast<uint32_t>(second) & 0xffff0000u);
+}
+
 // Below the last code that the digits hold: the quotient by a rounded scale may exceed it.
 constexpr float largest_code(int planes) {
   return planes == 1 ? 127.0f : planes == 2 ? 127.0f * 256 : 127.0f * 65536;
@@ -138,7 +143,6 @@ class Layer {
   using A = typename K::A;
   static constexpr int P = K::planes;
   static constexpr int kTile = kPlaneRows / P;
-  static constexpr bool integers = !std::is_same_v<A, float>;
 
  public:
   explicit Layer(const QuantizedLinear& args)
@@ -219,7 +223,7 @@ class Layer {
     float part[kSegment + 2 * W] = {};  // zeros behind the segment, not the next one's inputs
     std::memcpy(part, x, count * sizeof(float));
     const int64_t padded = ceil_div(count, W) * W;
-    if constexpr (integers)
+    if constexpr (K::integers)
       write_digits(part, padded, at, row_scale);
     else
       write_floats(part, padded, at, row_scale);
@@ -249,7 +253,11 @@ class Layer {
     vf sum{};
     for (int64_t k = 0; k < count; k += W) sum = sum + load(x + k);
     heads_[at] = {1.0f, lanes_sum(sum)};
-    if constexpr (!integers) std::memcpy(a_ + at * units_, x, units_ * sizeof(float));
+    A* to = a_ + at * units_;
+    if constexpr (std::is_same_v<A, float>) std::memcpy(to, x, units_ * sizeof(float));
+    if constexpr (K::expands)
+      for (int64_t i = 0; i < units_; ++i)
+        to[i] = half_pair(x[i / 2 * 4 + i % 2], x[i / 2 * 4 + i % 2 + 2]);
   }
 
   // ---- products -------------------------------------------------------------------------------
@@ -269,8 +277,12 @@ class Layer {
     constexpr int lines = 4;  // of a step
     const int64_t tiles = ceil_div(rows, kTile), rest = rows % tiles;
     const int64_t distance = tiles == 1 ? kAheadBytes : block_ * steps_ * 256;
+    const uint32_t* words = static_cast<const uint32_t*>(args_.packed) +
+                            (panel * panel_steps_ + segment * steps_) * kPanel;
+    const bool expanded = K::expands && tiles > 1;
+    if (expanded) words = expand(words, std::min(count * steps_, panel_steps_ - segment * steps_));
     for (int64_t i = 0, row = 0; i < tiles; ++i) {
-      const Place place{panel, segment, count, first + row,
+      const Place place{words, expanded, panel, segment, count, first + row,
                         {distance, int(lines * i / tiles), int(lines * (i + 1) / tiles)}};
       const int size = int(rows / tiles + (i < rest));
       any_tile(size, place, sums + row * kPanel);
@@ -278,7 +290,16 @@ class Layer {
     }
   }
 
+  const uint32_t* expand(const uint32_t* words, int64_t steps) const {
+    static thread_local std::vector<uint32_t> buffer;
+    uint32_t* to = aligned(buffer, steps * K::per_step * kPanel);
+    if constexpr (K::expands) K::expand(words, steps, args_.table, {kAheadBytes, 0, 4}, to);
+    return to;
+  }
+
   struct Place {
+    const uint32_t* words;
+    bool expanded;
     int64_t panel, segment, segments, row;
     Prefetch prefetch;
   };
@@ -305,21 +326,29 @@ class Layer {
 
   template <int M>
   void tile(const Place& place, float* sums) const {
-    constexpr int N = width_of(M * P);
+    if constexpr (K::expands)
+      if (place.expanded)
+        return columns<M>(place, K::per_step, sums, [](auto... of) {
+          K::template segment<M, width_of(M * P), true>(of...);
+        });
+    columns<M>(place, 1, sums,
+               [](auto... of) { K::template segment<M, width_of(M * P)>(of...); });
+  }
+
+  template <int M, class Product>
+  void columns(const Place& place, int64_t lines, float* sums, const Product& product) const {
     const int64_t groups = ceil_div(args_.inputs, args_.group);
     const int64_t parts = args_.group / segment_;  // segments of a group; one group may end early
-    const uint32_t* words = static_cast<const uint32_t*>(args_.packed) +
-                            (place.panel * panel_steps_ + place.segment * steps_) * kPanel;
-    for (int column = 0; column < kPanel; column += N * W)
+    for (int column = 0; column < kPanel; column += width_of(M * P) * W)
       for (int64_t i = 0; i < place.segments; ++i) {
         const int64_t s = place.segment + i, at = s * args_.num_rows + place.row;
         const int64_t group = groups == 1 ? 0 : s / parts;
         const int64_t scales = (place.panel * groups + group) * kPanel + column;
-        const Weights w{words + i * steps_ * kPanel + column, args_.scale + scales,
+        const Weights w{place.words + i * steps_ * lines * kPanel + column, args_.scale + scales,
                         args_.offset == nullptr ? nullptr : args_.offset + scales};
-        K::template segment<M, N>(a_ + at * P * units_, int(units_), start_ + at * P, heads_ + at,
-                                  w, int(std::min(steps_, panel_steps_ - s * steps_)),
-                                  place.prefetch, column == 0, sums + column, args_.table);
+        product(a_ + at * P * units_, int(units_), start_ + at * P, heads_ + at, w,
+                int(std::min(steps_, panel_steps_ - s * steps_)), place.prefetch, column == 0,
+                sums + column, args_.table);
       }
   }
 
@@ -365,6 +394,16 @@ void run_integers(const QuantizedLinear& args) {
   return Layer<Integers<kNibbles, 2>>(args).run();
 }
 
+// Inputs that bfloat16 holds are multiplied in it, where the CPU can.
+template <class Wide>
+void run_decoded(const QuantizedLinear& args) {
+#if defined(__AVX512BF16__)
+  using Pairs = std::conditional_t<Wide::nibbles, Table4Pairs, Fp8Pairs>;
+  if (args.dtype == Dtype::bf16 || args.round_rows) return Layer<Halves<Pairs>>(args).run();
+#endif
+  Layer<Decoded<Wide>>(args).run();
+}
+
 }  // namespace
 
 int64_t segment_inputs(Code code, int64_t group, int64_t inputs) {
@@ -383,9 +422,9 @@ void quantized_linear(const QuantizedLinear& args) {
     case Code::int4:
       return run_integers<true>(args);
     case Code::table4:
-      return Layer<Decoded<Table4>>(args).run();
+      return run_decoded<Table4>(args);
     case Code::fp8:
-      return Layer<Decoded<Fp8>>(args).run();
+      return run_decoded<Fp8>(args);
   }
 }
 

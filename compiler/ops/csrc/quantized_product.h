@@ -1,6 +1,6 @@
 // Products of a tile of rows with a panel of quantized weights, codes decoded in registers.
 //
-// Two families. `Integers` multiplies bytes exactly: rows of x come as planes of signed bytes (one
+// Families. `Integers` multiplies bytes exactly: rows of x come as planes of signed bytes (one
 // for int8 activations, two or three for the digits of 16- or 24-bit fixed point), weights as
 // unsigned bytes. `Decoded` widens codes to float32, for codes that are on no even grid.
 //
@@ -115,11 +115,27 @@ struct Head {
   float sum;    // of the inputs, as rounded
 };
 
+template <int M, int N>
+inline __attribute__((always_inline)) void add_scaled(const vf (&acc)[M][N], const Head* heads,
+                                                      const Weights& w, float* sums) {
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) {
+      float* to = sums + m * kPanel + n * W;
+      vf sum = fused(acc[m][n], load(w.scale + n * W), load(to));
+      if (w.offset != nullptr)
+        sum = fused(broadcast(heads[m].sum), load(w.offset + n * W), sum);
+      store(to, sum);
+    }
+}
+
 // P planes: x = scale * (plane0 * 256**(P-1) + ... ); the digits of a row's planes lie one after
 // another. `start`: -kShift * sum of each plane's bytes.
 template <bool kNibbles, int P>
 struct Integers {
   using A = Digits;
+  static constexpr bool integers = true, expands = false;
   static constexpr int planes = P;
   static constexpr int per_step = kNibbles ? 2 : 1;  // digits a step takes
 
@@ -153,6 +169,7 @@ struct Integers {
         }
       }
     }
+    vf values[M][N];
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
@@ -161,13 +178,9 @@ struct Integers {
 #pragma GCC unroll 8
         for (int p = 1; p < P; ++p)
           value = fused(value, broadcast(256.0f), to_floats(acc[m * P + p][n]));
-        if (P > 1) value = value * broadcast(heads[m].scale);
-        float* to = sums + m * kPanel + n * W;
-        vf sum = fused(value, load(w.scale + n * W), load(to));
-        if (w.offset != nullptr)
-          sum = fused(broadcast(heads[m].sum), load(w.offset + n * W), sum);
-        store(to, sum);
+        values[m][n] = P > 1 ? value * broadcast(heads[m].scale) : value;
       }
+    add_scaled<M, N>(values, heads, w, sums);
   }
 };
 
@@ -219,6 +232,7 @@ struct Table4 {
 template <class Code>
 struct Decoded {
   using A = float;
+  static constexpr bool integers = false, expands = false;
   static constexpr int planes = 1;
   static constexpr int per_step = Code::nibbles ? 8 : 4;
 
@@ -253,18 +267,114 @@ struct Decoded {
       for (int n = 0; n < N; ++n) codes[n] = bits_load<vu>(step + n * W);
       inputs<M, N>(acc, codes, a + k * per_step, stride, ready);
     }
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m)
-#pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) {
-        float* to = sums + m * kPanel + n * W;
-        vf sum = fused(acc[m][n], load(w.scale + n * W), load(to));
-        if (w.offset != nullptr)
-          sum = fused(broadcast(heads[m].sum), load(w.offset + n * W), sum);
-        store(to, sum);
-      }
+    add_scaled<M, N>(acc, heads, w, sums);
   }
 };
+
+#if defined(__AVX512BF16__)
+// The same in bfloat16, for inputs that are bfloat16 or int8: pairs (0, 2) and (1, 3) of each four
+// inputs, since the bytes of a word decode two by two in place. A table is rounded to bfloat16.
+struct Fp8Pairs {
+  static constexpr int per_step = 2;
+  using Ready = __m512i;
+  static Ready ready(const float*) {  // subnormals: m * 2**-9
+    alignas(64) uint16_t words[32] = {};
+    for (int m = 0; m < 8; ++m) words[m] = uint16_t(bit_cast<uint32_t>(m * 0x1p-9f) >> 16);
+    return _mm512_load_si512(words);
+  }
+  template <int I>
+  static vu decode(vu codes, const Ready& subnormals) {
+    const __m512i at = I == 0 ? (__m512i)codes : _mm512_srli_epi16((__m512i)codes, 8);
+    const __m512i high = I == 1 ? (__m512i)codes : _mm512_slli_epi16((__m512i)codes, 8);
+    const __m512i shifted = _mm512_and_si512(_mm512_slli_epi16(at, 4), _mm512_set1_epi16(0x07f0));
+    const __m512i normal = _mm512_add_epi16(shifted, _mm512_set1_epi16(0x3c00));
+    const __mmask32 small = _mm512_testn_epi16_mask(at, _mm512_set1_epi16(0x0078));
+    const __m512i magnitude = _mm512_mask_permutexvar_epi16(normal, small, at, subnormals);
+    // magnitude | (high & 0x8000)
+    return (vu)_mm512_ternarylogic_epi32(magnitude, high, _mm512_set1_epi16(short(0x8000)), 0xf8);
+  }
+};
+
+struct Table4Pairs {
+  static constexpr int per_step = 4;
+  using Ready = __m512i;
+  static Ready ready(const float* table) {  // twice: an index has one bit too many
+    Bf16 halves[32];
+    store(halves, load(table));
+    std::memcpy(halves + 16, halves, 32);
+    return _mm512_loadu_si512(halves);
+  }
+  template <int I>
+  static vu decode(vu codes, const Ready& table) {
+    return (vu)_mm512_permutexvar_epi16((__m512i)(codes >> (I % 2 * 8 + I / 2 * 4)), table);
+  }
+};
+
+// Many rows share what `expand` decodes: [step][per_step][kPanel] pairs.
+template <class Code>
+struct Halves {
+  using A = uint32_t;
+  static constexpr bool integers = false, expands = true;
+  static constexpr int planes = 1;
+  static constexpr int per_step = Code::per_step;
+
+  static void expand(const uint32_t* words, int64_t steps, const float* table,
+                     const Prefetch& prefetch, uint32_t* out) {
+    const typename Code::Ready ready = Code::ready(table);
+    for (int64_t k = 0; k < steps; ++k) {
+      prefetch(words + k * kPanel);
+      for (int c = 0; c < kPanel; c += W)
+        expand_one(bits_load<vu>(words + k * kPanel + c), ready,
+                   out + k * per_step * kPanel + c);
+    }
+  }
+  template <int I = 0>
+  static inline void expand_one(vu codes, const typename Code::Ready& ready, uint32_t* out) {
+    if constexpr (I < per_step) {
+      const vu line = Code::template decode<I>(codes, ready);
+      std::memcpy(out + I * kPanel, &line, sizeof line);
+      expand_one<I + 1>(codes, ready, out);
+    }
+  }
+
+  template <int M, int N, bool kExpanded, int I = 0>
+  static inline __attribute__((always_inline)) void inputs(
+      vf (&acc)[M][N], const uint32_t* step, const A* a, int stride,
+      const typename Code::Ready& ready) {
+    if constexpr (I < per_step) {
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) {
+        vu line;
+        if constexpr (kExpanded)
+          line = bits_load<vu>(step + I * kPanel + n * W);
+        else
+          line = Code::template decode<I>(bits_load<vu>(step + n * W), ready);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m)
+          acc[m][n] = (vf)_mm512_dpbf16_ps((__m512)acc[m][n],
+                                           (__m512bh)_mm512_set1_epi32(int(a[m * stride + I])),
+                                           (__m512bh)line);
+      }
+      inputs<M, N, kExpanded, I + 1>(acc, step, a, stride, ready);
+    }
+  }
+
+  template <int M, int N, bool kExpanded = false>
+  static inline __attribute__((always_inline)) void segment(
+      const A* a, int stride, const int32_t*, const Head* heads, const Weights& w, int steps,
+      const Prefetch& prefetch, bool fetch, float* sums, const float* table) {
+    const typename Code::Ready ready = Code::ready(table);
+    vf acc[M][N] = {};
+#pragma GCC unroll 1
+    for (int k = 0; k < steps; ++k) {
+      const uint32_t* step = w.words + int64_t(k) * kPanel * (kExpanded ? per_step : 1);
+      if (!kExpanded && fetch) prefetch(step);
+      inputs<M, N, kExpanded>(acc, step, a + k * per_step, stride, ready);
+    }
+    add_scaled<M, N>(acc, heads, w, sums);
+  }
+};
+#endif
 
 }  // namespace
 }  // namespace fxlm
