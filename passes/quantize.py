@@ -8,7 +8,7 @@ Weight code alone, so `hoist` moves it to load time; the linears stay, for `fuse
 to find. Which layers get which scheme is the text of ``--quantization``
 (`fxlm.compiler.schemes`). Left alone: the layer that gives the logits unless it is named, routers
 of experts (a rounded score sends a token elsewhere), weights that are quantized already or depend
-on tokens. A weight that also serves an embedding is quantized for the linear only.
+on tokens. An embedding that is tied to a quantized layer reads the quantized rows.
 """
 
 from __future__ import annotations
@@ -72,8 +72,16 @@ def quantize(program: Program, *, quantization: str = "none") -> int:
         key = (weight, choice.scheme.name)
         if key not in done:
             done[key] = _quantize(program, weight, choice.scheme, choice.node)
+            _keep_tied(weight, done[key])
         choice.node.replace_input_with(weight, done[key])
     return len(done)
+
+
+def _keep_tied(weight: fx.Node, quantized: fx.Node) -> None:
+    """Let an embedding read the rows of the quantized weight too: tied stays tied, held once."""
+    for user in list(weight.users):
+        if user.target is aten.embedding.default and user.args[0] is weight:
+            user.replace_input_with(weight, quantized)
 
 
 def choose(program: Program, quantization: str) -> list[Choice]:

@@ -146,6 +146,7 @@ def plan_command(args: argparse.Namespace) -> int:
     from fxlm.runtime.front import stored_dtype
     from fxlm.runtime.memory import plan_memory
     from fxlm.runtime.options import resolve_device
+    from fxlm.runtime.quantize import describe
     from fxlm.runtime.worker import set_threads
 
     options = engine_options(args)
@@ -157,9 +158,11 @@ def plan_command(args: argparse.Namespace) -> int:
     _, why_dtype = resolve_dtype(options.dtype, stored_dtype(made.checkpoint), device)
     dtype = made.artifact.manifest["model"]["dtype"]
     threads, why_threads = set_threads(options.threads)
+    scheme, why_scheme = describe(options.quantization, made.checkpoint, made.artifact)
     for name, value, why in (
         ("device", device, why_device),
         ("dtype", dtype, why_dtype),
+        ("quantization", scheme, why_scheme),
         ("threads", str(threads), why_threads),
     ):
         print(f"{name:<26}{value:>18}   {why}")

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from fxlm.compiler.artifact import Artifact
 from fxlm.compiler.errors import InvalidModel, InvalidOption
 from fxlm.compiler.ops.quantized import round_rows
 from fxlm.compiler.options import CompileOptions, resolve_dtype
@@ -169,6 +170,23 @@ def _tokens(checkpoint: Checkpoint, file: Path) -> list[int]:
     if len(ids) < 2:
         raise InvalidOption("--calibration", str(file), "it has fewer than two tokens")
     return ids
+
+
+def describe(option: str | None, checkpoint: Checkpoint, artifact: Artifact) -> tuple[str, str]:
+    """How the weights of a compiled model are quantized, for people: a name, and what it means."""
+    from fxlm.models.formats import quantization_of
+
+    found = quantization_of(checkpoint)
+    if option is None and found is None:
+        return "none", "the checkpoint is dense"
+    runs = {line["name"]: line["rewrites"] for line in artifact.manifest["passes"]}
+    ops = [line[2] for line in artifact.read_json("load.json")["graph"] if line[0] == "op"]
+    fused, dense = runs.get("fuse_quantized_linear", 0), ops.count("fxlm.dequantize.default")
+    why = f"{fused} weights are read as they are"
+    if dense:
+        why += f", {dense} are dequantized while loading"
+    names = [*([found[0]] if found else []), *([option] if option else [])]
+    return " + ".join(names), why
 
 
 # ---- measuring -------------------------------------------------------------------------------

@@ -75,8 +75,19 @@ def test_the_last_rule_that_matches_counts() -> None:
     assert head.block == (0, 0)
 
 
-def test_a_tied_embedding_keeps_its_own_weight() -> None:
-    program = made("int8,head=int8", tie_word_embeddings=True)
+def test_a_tied_embedding_stays_tied() -> None:
+    program = made("int8wo,head=int8wo", tie_word_embeddings=True)
+    (embedding,) = program.find(torch.ops.aten.embedding.default)
+    (head,) = program.linears("lm_head")
+    assert embedding.args[0] is head.args[1]
+    expected = run_dense(program, IDS)
+    pipeline.run(program, [fuse_quantized_linear])
+    assert program.find(fxlm.quantized_rows.default)
+    torch.testing.assert_close(run_dense(program, IDS), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_embedding_of_its_own_stays_dense() -> None:
+    program = made("int8,head=int8", tie_word_embeddings=False)
     (embedding,) = program.find(torch.ops.aten.embedding.default)
     assert embedding.args[0] in program.placeholders("weight")
     assert "lm_head" in paths(program)

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from fxlm.compiler.errors import InvalidModel, InvalidOption
+from fxlm.compiler.options import CompileOptions
 from fxlm.models.binding import bind
 from fxlm.models.build import build_model
 from fxlm.models.checkpoint import open_checkpoint
 from fxlm.models.formats import write_compressed
-from fxlm.runtime.quantize import quantize_checkpoint
+from fxlm.runtime.compile import compile_model
+from fxlm.runtime.quantize import describe, quantize_checkpoint
 from tests.checkpoints import make_checkpoint
 
 
@@ -160,3 +162,21 @@ def test_what_cannot_be_done_is_said(dense: Path, tmp_path: Path) -> None:
     quantize_checkpoint(str(dense), "int8", tmp_path / "out")
     with pytest.raises(InvalidModel, match="quantized already"):
         quantize_checkpoint(str(tmp_path / "out"), "int8", tmp_path / "again")
+
+
+def test_the_plan_says_how_weights_are_quantized(dense: Path, tmp_path: Path) -> None:
+    def said(path: Path, option: str | None) -> tuple[str, str]:
+        options = CompileOptions(eager=True, quantization=option)
+        checkpoint = open_checkpoint(path)
+        made = compile_model(checkpoint, options, cache_dir=tmp_path / "cache")
+        return describe(option, checkpoint, made.artifact)
+
+    assert said(dense, None) == ("none", "the checkpoint is dense")
+    assert said(dense, "int8") == ("int8", "8 weights are read as they are")
+    quantize_checkpoint(str(dense), "fp8", tmp_path / "fp8")
+    fp8 = ("compressed-tensors", "8 weights are read as they are")
+    assert said(tmp_path / "fp8", None) == fp8
+    both = said(tmp_path / "fp8", "int8,head=int8")
+    assert both == ("compressed-tensors + int8,head=int8", "9 weights are read as they are")
+    moe = make_checkpoint("mixtral", tmp_path / "moe")
+    assert said(moe, "int8") == ("int8", "4 weights are read as they are")
