@@ -124,7 +124,7 @@ class Batch:
         """The inputs of the step by name, as in the table above: views, valid until `fill`."""
         sizes, full = self.sizes, self._tensors
         tokens, seqs, rows, entries = sizes.tokens, sizes.sequences, sizes.rows, sizes.adjusts
-        return {
+        inputs = {
             "input_ids": full["input_ids"][:tokens].view(1, tokens),
             "position_ids": full["position_ids"][:tokens].view(1, tokens),
             "slot_mapping": full["slot_mapping"][:tokens],
@@ -132,8 +132,6 @@ class Batch:
             "seq_lens": full["seq_lens"][:seqs],
             "block_table": full["block_table"][: seqs * sizes.blocks].view(seqs, sizes.blocks),
             "logits_indices": full["logits_indices"][:rows],
-            "draft_ids": full["draft_ids"][:rows],
-            "draw_start": full["draw_start"][: sizes.groups],
             "sample_floats": full["sample_floats"][: rows * NUM_FLOATS].view(rows, NUM_FLOATS),
             "sample_ints": full["sample_ints"][: rows * NUM_INTS].view(rows, NUM_INTS),
             "adjust_start": full["adjust_start"][: rows + 1],
@@ -141,6 +139,10 @@ class Batch:
             "adjust_counts": full["adjust_counts"][:entries],
             "adjust_bias": full["adjust_bias"][:entries],
         }
+        if self.spec.max_drafts:
+            inputs["draft_ids"] = full["draft_ids"][:rows]
+            inputs["draw_start"] = full["draw_start"][: sizes.groups]
+        return inputs
 
     # --- filling
 
@@ -187,11 +189,26 @@ class Batch:
         sequence.num_tabled = len(sequence.blocks)
 
     def _fill_decodes(self, decodes: list[Sequence]) -> int:
-        """A token, and drafts, a sequence, and as many rows; these come first.
+        """One token and one row a sequence; these come first. Gives the longest length."""
+        if self.spec.max_drafts and any(sequence.drafts for sequence in decodes):
+            return self._fill_drafted(decodes)
+        count = len(decodes)
+        slots = np.array([sequence.slot for sequence in decodes], np.int64)
+        positions = self._position_ids[:count]
+        positions[:] = [sequence.num_computed for sequence in decodes]
+        self._input_ids[:count] = [sequence.token_ids[-1] for sequence in decodes]
+        self._query_start[: count + 1] = self._iota[: count + 1]
+        lengths = self._seq_lens[:count]
+        lengths[:] = positions + 1
+        if self.spec.max_drafts:
+            self._draw_start[:count] = self._iota[:count]
+        self._fill_draws(slots, positions)
+        self._step = _Cursor(count, count, count, count)
+        return int(lengths.max())
 
-        Gives the longest length.
-        """
-        seqs, block_size = len(decodes), self.spec.block_size
+    def _fill_drafted(self, decodes: list[Sequence]) -> int:
+        """The same with drafts behind the token of each, a row for each of them, too."""
+        seqs = len(decodes)
         counts = np.array([1 + len(sequence.drafts) for sequence in decodes], np.int64)
         starts = np.zeros(seqs + 1, np.int64)
         np.cumsum(counts, out=starts[1:])
@@ -200,34 +217,30 @@ class Batch:
         positions = self._position_ids[:count]
         computed = np.array([sequence.num_computed for sequence in decodes], np.int64)
         positions[:] = self._iota[:count] + np.repeat(computed - starts[:-1], counts)
-        tokens = self._input_ids[:count]
-        tokens[starts[:-1]] = [sequence.token_ids[-1] for sequence in decodes]
-        self._draft_ids[:count] = NO_DRAFT
-        if count > seqs:
-            self._fill_drafts(decodes, count, starts)
-        block = self._table[slots, positions // block_size].astype(np.int64)
-        self._slot_mapping[:count] = block * block_size + positions % block_size
+        tokens = [[sequence.token_ids[-1], *sequence.drafts] for sequence in decodes]
+        self._input_ids[:count] = [token for group in tokens for token in group]
         self._query_start[: seqs + 1] = starts
         lengths = self._seq_lens[:seqs]
         lengths[:] = computed + counts
-        self._logits_indices[:count] = self._iota[:count]
         self._draw_start[:seqs] = starts[:-1]
+        self._fill_draws(slots, positions)
+        self._draft_ids[: count - 1] = self._input_ids[1:count]  # what the row is to draw
+        self._draft_ids[starts[1:] - 1] = NO_DRAFT
+        self._step = _Cursor(count, seqs, count, seqs)
+        return int(lengths.max())
+
+    def _fill_draws(self, slots: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]) -> None:
+        """Where the first tokens are written, and rows that draw from each of them."""
+        count, block_size = len(slots), self.spec.block_size
+        block = self._table[slots, positions // block_size].astype(np.int64)
+        self._slot_mapping[:count] = block * block_size + positions % block_size
+        self._logits_indices[:count] = self._iota[:count]
+        if self.spec.max_drafts:
+            self._draft_ids[:count] = NO_DRAFT
         self._sample_floats[:count] = self._floats[slots]
         ints = self._sample_ints[:count]
         ints[:] = self._ints[slots]
         ints[:, COUNTER] = positions + 1
-        self._step = _Cursor(count, seqs, count, seqs)
-        return int(lengths.max())
-
-    def _fill_drafts(
-        self, decodes: list[Sequence], count: int, starts: npt.NDArray[np.int64]
-    ) -> None:
-        """Drafted tokens behind each decode's own; the row before each is to draw it."""
-        drafted = np.ones(count, bool)
-        drafted[starts[:-1]] = False
-        drafts = [token for sequence in decodes for token in sequence.drafts]
-        self._input_ids[:count][drafted] = drafts
-        self._draft_ids[: count - 1][drafted[1:]] = drafts
 
     def _fill_chunk(self, chunk: Chunk) -> int:
         """Tokens and rows of one chunk; gives the length of its sequence after the step."""

@@ -239,34 +239,27 @@ class Engine:
     def commit(self, plan: Plan, result: StepResult, outputs: list[Output]) -> None:
         """Append the tokens of a step, index full blocks, finish what ended."""
         self._count(plan.num_tokens)
+        block_size = self.spec.block_size
         accepted = result.num_accepted
         row = 0
         for group, sequence in enumerate(plan.decodes):
             count = 1 if accepted is None else accepted[group]
-            rows = 1 + len(sequence.drafts)
-            assert 1 <= count <= rows, (count, rows)
-            outputs.append(self._commit_decode(sequence, row, count, result))
-            row += rows
+            output = self._append(sequence, row, count, result)
+            added = len(output.token_ids)
+            sequence.num_computed += added
+            end = sequence.num_computed
+            if end % block_size < added:  # a block is full
+                self.scheduler.commit_blocks(sequence, end - added, end)
+            row += 1
+            if sequence.drafts:
+                row += len(sequence.drafts)
+                self._settle_drafts(sequence, count - 1)
+            if output.finish_reason is not None:
+                self._close(sequence, output)
+            outputs.append(output)
         for chunk in plan.chunks:
             row = self._commit_chunk(chunk, row, result, outputs)
         assert max(row, 1) == len(result.token_ids), (row, len(result.token_ids))
-
-    def _commit_decode(
-        self, sequence: Sequence, row: int, count: int, result: StepResult
-    ) -> Output:
-        """Append the ``count`` tokens that hold; all but the last of them are in the cache."""
-        start = sequence.num_computed
-        output = self._append(sequence, row, count, result)
-        end = sequence.num_computed = start + len(output.token_ids)
-        block_size = self.spec.block_size
-        if end // block_size > start // block_size:
-            self.scheduler.commit_blocks(sequence, start, end)
-        if sequence.drafts:
-            self._count_drafts(sequence, count - 1)
-            sequence.drafts = []
-            self.scheduler.trim(sequence)
-        self._close(sequence, output)
-        return output
 
     def _commit_chunk(
         self, chunk: Chunk, row: int, result: StepResult, outputs: list[Output]
@@ -283,28 +276,23 @@ class Engine:
             row += chunk.num_scores
         for draw in chunk.draws:
             output = self._append(draw, row, 1, result)
-            self._close(draw, output)
+            if output.finish_reason is not None:
+                self._close(draw, output)
             outputs.append(output)
             row += 1
         return row
 
     def _append(self, sequence: Sequence, row: int, count: int, result: StepResult) -> Output:
         """Give a sequence the tokens of ``count`` rows, up to one that ends it."""
-        tokens = list(result.token_ids[row : row + count])
+        tokens = result.token_ids[row : row + count]
         output = Output(
             request_id=sequence.request.request_id, index=sequence.index, token_ids=tokens
         )
         before = len(sequence.token_ids)
-        for number, token in enumerate(tokens, 1):
-            total = before + number
-            if token in sequence.stop_ids and total > sequence.min_total:
-                output.stop_reason = sequence.stop_ids[token]
-                output.finish_reason = "stop"
-            elif total >= sequence.max_total:
-                output.finish_reason = "length"
-            if output.finish_reason is not None:
-                del tokens[number:]
-                break
+        stops = sequence.stop_ids
+        ends = tokens[0] in stops if count == 1 else not stops.keys().isdisjoint(tokens)
+        if ends or before + count >= sequence.max_total:
+            self._end_at(sequence, output)
         sequence.token_ids += tokens
         if sequence.wants_logprobs:
             columns = sequence.params.logprobs or 0
@@ -313,6 +301,18 @@ class Engine:
             self._first(sequence, output)
         self._stats.generation_tokens += len(tokens)
         return output
+
+    def _end_at(self, sequence: Sequence, output: Output) -> None:
+        """Find the first of the new tokens that ends the sequence; drop those behind it."""
+        for total, token in enumerate(output.token_ids, len(sequence.token_ids) + 1):
+            if token in sequence.stop_ids and total > sequence.min_total:
+                output.stop_reason = sequence.stop_ids[token]
+                output.finish_reason = "stop"
+            elif total >= sequence.max_total:
+                output.finish_reason = "length"
+            if output.finish_reason is not None:
+                del output.token_ids[total - len(sequence.token_ids) :]
+                return
 
     def _first(self, sequence: Sequence, output: Output) -> None:
         """What only the first output of a completion tells."""
@@ -326,10 +326,10 @@ class Engine:
                 sequence.prompt_logprobs = []
 
     def _close(self, sequence: Sequence, output: Output) -> None:
-        """Finish a completion whose output says that it ended."""
-        if output.finish_reason is not None:
-            live = self._live[sequence.request.request_id]
-            self._finish(live, sequence.index, sequence, output, output.finish_reason)
+        """Finish a completion; its output says why."""
+        assert output.finish_reason is not None, output
+        live = self._live[sequence.request.request_id]
+        self._finish(live, sequence.index, sequence, output, output.finish_reason)
 
     # --- failures
 
@@ -374,7 +374,8 @@ class Engine:
         stats.iteration_tokens_sum += num_tokens
         stats.iteration_tokens[bisect_left(ITERATION_BUCKETS, num_tokens)] += 1
 
-    def _count_drafts(self, sequence: Sequence, num_accepted: int) -> None:
+    def _settle_drafts(self, sequence: Sequence, num_accepted: int) -> None:
+        """Count what was right; the blocks of what was not go back."""
         if self.speculator is not None:
             self.speculator.note(sequence, num_accepted)
         stats = self._stats
@@ -383,6 +384,8 @@ class Engine:
         stats.num_accepted_tokens += num_accepted
         for position in range(num_accepted):
             stats.accepted_per_position[position] += 1
+        sequence.drafts = []
+        self.scheduler.trim(sequence)
 
     def started(self, seconds: dict[str, float], artifact: str) -> None:
         """Note how the start went, for `stats`: seconds by phase, and what the cache had."""

@@ -181,7 +181,9 @@ class Scheduler:
     def _plan_decodes(self, plan: Plan) -> list[Sequence]:
         """Give one token, and drafts, to each that needs just one; gives back the others."""
         others = []
-        spare = self.draft_budget
+        spare = drafted = 0
+        if self.spec.max_drafts:
+            spare = self.draft_budget
         budget = self.spec.max_num_batched_tokens
         block_size = self.spec.block_size
         refs = self.pool.refs
@@ -197,10 +199,10 @@ class Scheduler:
             held = block < len(sequence.blocks) and refs[sequence.blocks[block]] == 1
             if held or self._reserve(plan, sequence, block):
                 if sequence.drafts:
-                    spare -= self._grant_drafts(sequence, spare)
+                    drafted += self._grant_drafts(sequence, spare - drafted)
                 plan.decodes.append(sequence)
         plan.num_tokens = len(plan.decodes)
-        if spare < self.draft_budget:
+        if drafted:
             plan.num_tokens += sum(len(sequence.drafts) for sequence in plan.decodes)
         return others
 

@@ -83,7 +83,7 @@ class StepResult:
             the graph has no verification: then each group is one row.
     """
 
-    token_ids: Sequence[int]
+    token_ids: list[int]
     logprobs: npt.NDArray[np.float32] | None = None
     logprob_ids: npt.NDArray[np.int64] | None = None
     ranks: npt.NDArray[np.int64] | None = None
