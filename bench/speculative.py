@@ -13,9 +13,11 @@ turns in one engine; drafts are random, so none is accepted.
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,7 @@ DRAFTERS: dict[str, dict[str, Any] | None] = {
     "suffix": {"method": "suffix", "num_speculative_tokens": 8},
 }
 COPY = "for name in names:\n    print(name)\n    total = total + len(name)\n"
+WORDS = ("line", "lines", "count", "value", "values", "item", "items", "size", "data", "path")
 TEMPERATURES = (0.0, 1.0)
 
 
@@ -71,6 +74,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--drafts", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--steps", type=int, default=20, help="measured steps a length")
     parser.add_argument("--prompt", type=int, default=256, help="tokens before verifying")
+    parser.add_argument("--dtype", default="auto")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--output", type=Path)
     return parser.parse_args()
@@ -82,43 +86,53 @@ def _parse() -> argparse.Namespace:
 def _pair(options: argparse.Namespace) -> list[dict[str, object]]:
     engines = {name: _open(config, options) for name, config in DRAFTERS.items()}
     rows = []
-    for work in _works(engines["plain"], options.requests):
-        for temperature in TEMPERATURES:
-            for batch in options.batch:
-                rows += _compare(engines, work, temperature, batch, options.rounds)
+    number = itertools.count()  # nothing is asked twice, so nobody knows an answer
+    for kind in ("answers", "repetitive"):
+        for temperature, batch in itertools.product(TEMPERATURES, options.batch):
+            turns = range(options.rounds + 1)
+            works = [_work(kind, engines["plain"], number, options.requests) for _ in turns]
+            rows += _compare(engines, works, temperature, batch)
     return rows
 
 
 def _open(config: dict[str, Any] | None, options: argparse.Namespace) -> LLM:
     return LLM(
-        "bundled", speculative_config=config, threads=options.threads, max_num_seqs=8,
-        max_model_len=1024, kv_cache_memory_bytes=128 << 20,
+        "bundled", speculative_config=config, dtype=options.dtype, threads=options.threads,
+        max_num_seqs=8, max_model_len=1024, kv_cache_memory_bytes=128 << 20,
     )  # fmt: skip
 
 
-def _works(llm: LLM, count: int) -> list[Work]:
-    """Answers of a sentence or two, and text that says the same again and again."""
+def _work(kind: str, llm: LLM, number: Iterator[int], count: int) -> Work:
+    """New requests: answers of a sentence or two, or text that says the same again and again."""
     tokenizer, template = llm.get_tokenizer(), llm._template
     assert template is not None
+    if kind == "repetitive":
+        copies = [tokenizer.encode(_copies(next(number))) for _ in range(count)]
+        return Work(name=kind, prompts=copies, max_tokens=96, ignore_eos=True)
     kinds = list(GENERATORS)
     chats = []
-    for index in range(count):
+    for index in itertools.islice(number, count):
         (task,) = held_out_tasks(kinds[index % len(kinds)], 1, seed=index)
         text = template.render(messages(task), add_generation_prompt=True)
         chats.append(tokenizer.encode(text, add_special_tokens=False))
-    copies = [tokenizer.encode(f"# part {i}\n" + COPY * 4) for i in range(count)]
-    return [
-        Work(name="answers", prompts=chats, max_tokens=64, ignore_eos=False),
-        Work(name="repetitive", prompts=copies, max_tokens=96, ignore_eos=True),
-    ]
+    return Work(name=kind, prompts=chats, max_tokens=64, ignore_eos=False)
+
+
+def _copies(number: int) -> str:
+    """A few lines of code four times, with names of their own."""
+    words = random.Random(number).sample(WORDS, 3)
+    block = COPY
+    for old, new in zip(("names", "name", "total"), words, strict=True):
+        block = block.replace(old, new)
+    return f"# part {number}\n" + block * 4
 
 
 def _compare(
-    engines: dict[str, LLM], work: Work, temperature: float, batch: int, rounds: int
+    engines: dict[str, LLM], works: list[Work], temperature: float, batch: int
 ) -> list[dict[str, object]]:
     rates: dict[str, list[float]] = {name: [] for name in engines}
     counts = {name: [0, 0, 0] for name in engines}
-    for turn in range(rounds + 1):  # the first warms up
+    for turn, work in enumerate(works):  # the first warms up
         wanted: list[list[int]] = []
         for name, llm in engines.items():
             before = _totals(llm.engine)
@@ -136,7 +150,7 @@ def _compare(
         drafts, drafted, accepted = counts[name]
         ratio = statistics.median(f / p for f, p in zip(found, plain, strict=True))
         rows.append({
-            "work": work.name, "temperature": temperature, "batch": batch, "drafter": name,
+            "work": works[0].name, "temperature": temperature, "batch": batch, "drafter": name,
             "tokens_per_s": statistics.median(found), "speedup": ratio,
             "drafts": drafts, "drafted": drafted, "accepted": accepted,
             "acceptance": accepted / drafted if drafted else None,

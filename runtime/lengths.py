@@ -25,6 +25,7 @@ PATIENCE = 8  # steps without a draft before the first try
 MOST_PATIENCE = 512
 PROBE = 2  # tokens of a try
 WINDOW = 64  # steps and drafts remembered
+REFRESH = 16  # steps between looks at what they cost
 PLAIN_EVERY = 50  # a step without drafts now and then, if sizes of steps never differ otherwise
 
 
@@ -54,6 +55,8 @@ class Lengths:
         self._steps: deque[tuple[int, float]] = deque(maxlen=WINDOW)
         self._rounds: deque[float] = deque(maxlen=WINDOW)
         self._since_plain = 0
+        self._age = REFRESH  # steps since the costs were looked at
+        self._costs = 0.0, 0.0, 0.0
 
     # --- what is seen
 
@@ -64,6 +67,7 @@ class Lengths:
     def note_step(self, num_tokens: int, seconds: float) -> None:
         """A step of decodes, drafts included, took ``seconds``."""
         self._steps.append((num_tokens, seconds))
+        self._age += 1
 
     def note_verified(self, sequence: Sequence, num_drafted: int, num_accepted: int) -> None:
         """The first ``num_accepted`` of the tokens drafted for a sequence were right."""
@@ -98,7 +102,15 @@ class Lengths:
         if self._is_plain_due():
             return [0] * len(sequences)
         lengths = self._best([self.acceptance(sequence) for sequence in sequences])
-        return [self._patient(s, k) for s, k in zip(sequences, lengths, strict=True)]
+        paid = any(lengths)
+        if not _is_due(self._all, paid):  # it pays for nobody: a try of all, if at all
+            return lengths
+        if not paid:
+            return [min(PROBE, self.most)] * len(sequences)
+        for place, (sequence, length) in enumerate(zip(sequences, lengths, strict=True)):
+            if _is_due(self._record(sequence), length > 0) and not length:
+                lengths[place] = min(PROBE, self.most)
+        return lengths
 
     def _is_plain_due(self) -> bool:
         """Whether the cost of a token cannot be told, as all steps were of one size."""
@@ -109,8 +121,7 @@ class Lengths:
         return due and len({size for size, _ in self._steps}) == 1
 
     def _best(self, acceptances: list[float]) -> list[int]:
-        base, slope = self.costs()
-        round_s = median(self._rounds) if self._rounds else 0.0
+        base, slope, round_s = self._recent_costs()
         count = len(acceptances)
         plain = count / (base + slope * count)  # tokens a second
         caps = [self._cap(a, plain * slope) for a in acceptances]
@@ -131,18 +142,12 @@ class Lengths:
             chance *= acceptance
         return depth
 
-    def _patient(self, sequence: Sequence, length: int) -> int:
-        """The length, or a short try if nothing paid for a while."""
-        record = self._record(sequence)
-        if length:
-            record.idle, record.patience = 0, PATIENCE
-            return length
-        record.idle += 1
-        if record.idle < record.patience:
-            return 0
-        record.idle = 0
-        record.patience = min(2 * record.patience, MOST_PATIENCE)
-        return min(PROBE, self.most)
+    def _recent_costs(self) -> tuple[float, float, float]:
+        """Seconds: base and slope of a step, and a round of the drafter; not always the latest."""
+        if self._age >= REFRESH or len(self._steps) < REFRESH:
+            self._age = 0
+            self._costs = *self.costs(), median(self._rounds) if self._rounds else 0.0
+        return self._costs
 
     def costs(self) -> tuple[float, float]:
         """Seconds of a step: (base, slope); the line through medians of the sizes seen."""
@@ -160,6 +165,19 @@ class Lengths:
         joint = sum(weight * (size - x) * (seconds - y) for size, seconds, weight in points)
         slope = min(max(joint / spread, 0.0), y / x)  # neither part can be negative
         return y - slope * x, slope
+
+
+def _is_due(record: _Record, paid: bool) -> bool:
+    """Whether to draft: it paid, or it was left out for long enough to try again."""
+    if paid:
+        record.idle, record.patience = 0, PATIENCE
+        return True
+    record.idle += 1
+    if record.idle < record.patience:
+        return False
+    record.idle = 0
+    record.patience = min(2 * record.patience, MOST_PATIENCE)
+    return True
 
 
 def _gain(acceptance: float, length: int) -> float:
