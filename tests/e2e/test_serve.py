@@ -8,7 +8,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
+import httpx
 import pytest
 from openai import OpenAI
 
@@ -20,7 +22,14 @@ COMMAND = (
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[OpenAI]:
-    with subprocess.Popen(COMMAND, stdout=subprocess.PIPE, text=True) as process:
+    with serving() as made:
+        yield made
+
+
+@contextmanager
+def serving(*flags: str) -> Iterator[OpenAI]:
+    """A client of a server that is up, and ends as it should."""
+    with subprocess.Popen((*COMMAND, *flags), stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         url = ""
         for line in process.stdout:  # ends with the process, so a failed start is no hang
@@ -86,3 +95,26 @@ def test_logprobs_and_n(client: OpenAI) -> None:
     assert len(answer.choices) == 2
     assert answer.choices[0].logprobs is not None
     assert len(answer.choices[0].logprobs.tokens or []) == 3
+
+
+def test_drafts_change_nothing_but_the_metrics(client: OpenAI) -> None:
+    asked = {
+        "model": "bundled-draft", "prompt": "a b c a b c a b c a b", "max_tokens": 24, "n": 2,
+        "seed": 3, "temperature": 0.5, "logprobs": 1, "frequency_penalty": -0.5,
+    }  # fmt: skip
+    config = '{"method": "ngram", "num_speculative_tokens": 3, "adaptive": false}'
+    with serving("--speculative-config", config) as drafting:
+        found = [made.completions.create(**asked) for made in (client, drafting)]
+        stream = drafting.completions.create(**asked, stream=True)
+        texts = ["", ""]
+        for chunk in stream:
+            for choice in chunk.choices:
+                texts[choice.index] += choice.text
+        metrics = httpx.get(str(drafting.base_url).replace("/v1/", "/metrics")).text
+    plain, drafted = ([(c.text, c.logprobs) for c in answer.choices] for answer in found)
+    assert plain == drafted
+    assert texts == [text for text, _ in plain]
+    assert found[0].usage == found[1].usage
+    accepted = re.search(r"vllm:spec_decode_num_accepted_tokens_total\{.*\} (.+)", metrics)
+    assert accepted is not None
+    assert float(accepted[1]) > 0
