@@ -1,7 +1,8 @@
 """Paged attention by itself, over every type of the KV cache. ``python bench/attention.py``
 
-Decode reads the cache of each sequence once and is stated in GB/s beside the read bandwidth that is
-measured before and after; enough layers take turns that nothing is found in a cache of the CPU.
+Decode reads the cache of each sequence once and is stated in GB/s and as a share of the read
+bandwidth, which is measured before and after each turn (the median turn counts, as neighbours take
+bandwidth); enough layers take turns that nothing is found in a cache of the CPU.
 Prefill is stated in TFLOP/s of what the causal mask leaves, beside the rate of a matrix product.
 Rows have the head shapes of Llama-3.2-1B (32 heads over 8 of 64) and Qwen3-0.6B (16 over 8 of 128).
 Blocks are handed out at random, as by a pool that has run for long.
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from common import matmul_rate_tflops, print_table, read_bandwidth_gbs, write_results
+from common import Clock, matmul_rate_tflops, print_table, write_results
 from fxlm.compiler import ops
 from fxlm.compiler.ops import kv_cache
 
@@ -26,6 +27,8 @@ KINDS = {"bf16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 # name -> heads, KV heads, head size
 SHAPES = {"llama-1b": (32, 8, 64), "qwen3-0.6b": (16, 8, 128)}
 COLD_BYTES = 256 << 20  # of caches that are read in turn
+PROBE_BYTES = 512 << 20  # of the array that states the bandwidth
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 Case = tuple[str, str, int]  # shape, kind, block size
 
 
@@ -49,7 +52,7 @@ class Layers:
         shape = (blocks, self.kv_heads, block, self.dim)
         self.row_bytes = self.dim * KINDS[kind].itemsize + kv_cache.scale_columns(KINDS[kind])
         self.read_bytes = 2 * batch * length * self.kv_heads * self.row_bytes
-        count = max(1, COLD_BYTES // self.read_bytes) if context else 1
+        count = max(1, COLD_BYTES // self.read_bytes) if queries == 1 else 1
         self.table = (torch.randperm(blocks - 1) + 1).view(batch, columns).int()
         self.caches = [
             tuple(empty_cache(shape, KINDS[kind], huge) for _ in "kv") for _ in range(count)
@@ -82,48 +85,66 @@ class Layers:
         )
         return result
 
-    def seconds(self, repeats: int) -> float:
-        """The median over turns of the mean time of a call."""
-        times = []
-        self.run(0)
-        for _ in range(repeats):
-            start = time.perf_counter()
-            for layer in range(len(self.caches)):
-                self.run(layer)
-            times.append((time.perf_counter() - start) / len(self.caches))
-        return sorted(times)[len(times) // 2]
+    def seconds(self, clock: Clock) -> float:
+        """The mean time of a call over one turn of all layers."""
+        start = clock()
+        for layer in range(len(self.caches)):
+            self.run(layer)
+        return (clock() - start) / len(self.caches)
 
 
-def decode(case: Case, batch: int, context: int, repeats: int, huge: bool) -> dict[str, object]:
-    """One token for each of `batch` sequences; the bandwidth is measured before and after."""
+def decode(
+    case: Case, batch: int, context: int, repeats: int, clock: Clock, *, huge: bool = True
+) -> dict[str, object]:
+    """One token for each of `batch` sequences; the bandwidth is measured between the turns."""
     layers = Layers(case, batch, context, 1, huge)
-    before = read_bandwidth_gbs(repeats=3)
-    seconds = layers.seconds(repeats)
-    after = read_bandwidth_gbs(repeats=3)
-    rate, bandwidth = layers.read_bytes / seconds / 1e9, max(before, after)
+    layers.run(0)
+    array = torch.ones(PROBE_BYTES // 8, dtype=torch.int64)
+    bandwidths = [_read_gbs(array, clock)]
+    turns = []
+    for _ in range(repeats):
+        seconds = layers.seconds(clock)
+        bandwidths.append(_read_gbs(array, clock))
+        rate = layers.read_bytes / seconds / 1e9
+        turns.append((rate / (sum(bandwidths[-2:]) / 2), rate, seconds))
+    share, rate, seconds = sorted(turns)[len(turns) // 2]
     return {
         **_described(case, batch, context, 1, huge),
         "us": seconds * 1e6,
         "gb_s": rate,
-        "bandwidth_gb_s": bandwidth,
-        "share": rate / bandwidth,
+        "best_gb_s": max(turn[1] for turn in turns),
+        "bandwidth_gb_s": rate / share,
+        "share": share,
     }
 
 
-def prefill(case: Case, context: int, queries: int, repeats: int) -> dict[str, object]:
-    """`queries` tokens behind `context` that are cached; the product's rate is taken around it."""
+def _read_gbs(array: torch.Tensor, clock: Clock) -> float:
+    start = clock()
+    torch.sum(array)
+    return array.nbytes / (clock() - start) / 1e9
+
+
+def prefill(
+    case: Case, context: int, queries: int, repeats: int, clock: Clock
+) -> dict[str, object]:
+    """`queries` tokens behind `context` that are cached; the product's rate is taken between."""
     layers = Layers(case, 1, context, queries, True)
-    before = matmul_rate_tflops(DTYPE, repeats=2)
-    seconds = layers.seconds(repeats)
-    peak = max(before, matmul_rate_tflops(DTYPE, repeats=2))
+    layers.run(0)
     seen = sum(context + i + 1 for i in range(queries))
-    rate = 4 * layers.heads * layers.dim * seen / seconds / 1e12
+    operations = 4 * layers.heads * layers.dim * seen
+    turns = []
+    for _ in range(repeats):
+        peak = matmul_rate_tflops(DTYPE, repeats=2, clock=clock)
+        seconds = layers.seconds(clock)
+        rate = operations / seconds / 1e12
+        turns.append((rate / peak, rate, seconds))
+    share, rate, seconds = sorted(turns)[len(turns) // 2]
     return {
         **_described(case, 1, context, queries, True),
         "us": seconds * 1e6,
         "tflop_s": rate,
-        "matmul_tflop_s": peak,
-        "share": rate / peak,
+        "matmul_tflop_s": rate / share,
+        "share": share,
     }
 
 
@@ -141,17 +162,20 @@ def _described(case: Case, batch: int, context: int, queries: int, huge: bool) -
 
 def measure(options: argparse.Namespace) -> list[dict[str, object]]:
     """All rows that were asked for."""
+    clock, turns = CLOCKS[options.clock], options.repeats
     cases = [(s, k, options.block_size) for s in options.shapes for k in options.caches]
     rows = []
-    for batch, context in ((4, 8192), (1, 8192)):
-        rows += [decode(case, batch, context, options.repeats, True) for case in cases]
-    if options.pages:
-        rows += [decode(case, 4, 8192, options.repeats, False) for case in cases]
-    if options.blocks:
-        other = [(s, k, b) for s, k, _ in cases for b in (32, 64, 128)]
-        rows += [decode(case, 4, 8192, options.repeats, True) for case in other]
-    for context, queries in ((0, 512), (0, 4096), (7680, 512)):
-        rows += [prefill(case, context, queries, max(2, options.repeats // 3)) for case in cases]
+    if options.only != "prefill":
+        for batch in (4, 1):
+            rows += [decode(case, batch, 8192, turns, clock) for case in cases]
+        if options.pages:
+            rows += [decode(case, 4, 8192, turns, clock, huge=False) for case in cases]
+        if options.blocks:
+            other = [(s, k, b) for s, k, _ in cases for b in (32, 64, 128)]
+            rows += [decode(case, 4, 8192, turns, clock) for case in other]
+    if options.only != "decode":
+        for context, queries in ((0, 512), (0, 4096), (7680, 512)):
+            rows += [prefill(case, context, queries, max(3, turns // 2), clock) for case in cases]
     return rows
 
 
@@ -163,8 +187,13 @@ def main() -> None:
     parser.add_argument("--caches", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=7, help="the median of them counts")
+    parser.add_argument(
+        "--clock", choices=CLOCKS, default="wall", help="cpu: with --threads 1, as in ops.py"
+    )
+    parser.add_argument("--only", choices=("decode", "prefill"), help="one of them")
     parser.add_argument("--pages", action="store_true", help="decode over small pages too")
     parser.add_argument("--blocks", action="store_true", help="decode over larger blocks too")
+    parser.add_argument("--name", default="attention", help="of the result file")
     parser.add_argument("--output", type=Path, default=None, help="instead of bench/results/")
     options = parser.parse_args()
     if options.threads is not None:
@@ -173,8 +202,12 @@ def main() -> None:
     rows = measure(options)
     for title, key in (("Decode", "gb_s"), ("Prefill", "tflop_s")):
         print_table([row for row in rows if key in row], title=title)
-    settings = {"threads": torch.get_num_threads(), "kernels": ops.cpu_implementation()}
-    path = write_results("attention", rows, options=settings, output=options.output)
+    settings = {
+        "threads": torch.get_num_threads(),
+        "kernels": ops.cpu_implementation(),
+        "clock": options.clock,
+    }
+    path = write_results(options.name, rows, options=settings, output=options.output)
     print(f"\nwritten: {path}")
 
 

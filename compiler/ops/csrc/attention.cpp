@@ -121,6 +121,42 @@ struct ValueRows : Unit {
   }
 };
 
+#if defined(FXLM_PAIRS)
+// The same two for few rows over 8-bit codes: a step is a line of codes, looked up in registers.
+// Sums are the same chains as over expanded pairs, so which of the two is taken changes no bit.
+template <bool twos_complement>
+struct CodeLines {
+  struct A {
+    uint32_t pair[2];
+  };
+  struct Line {
+    __m512i first, second;
+  };
+  static constexpr int tokens = 4;  // of values, a step
+  Lookup<twos_complement> lookup;
+  const char* const* tiles;
+  int64_t stride;
+  int first;
+  bool keys;
+  const Tiles* next;
+  CodeLines quiet() const { return {lookup, tiles, stride, first, keys, nullptr}; }
+  __attribute__((always_inline)) void prefetch(int k, int column, int width) const {
+    if (next != nullptr) next->prefetch(column / width * kGroup / tokens + k);
+  }
+  __attribute__((always_inline)) Line operator()(int k, int column) const {
+    const unsigned step = unsigned(first + k);
+    const char* from = keys ? tiles[column / kTile] + k * stride
+                            : tiles[step / 4] + step % 4 * stride + column * 4;
+    Line line;
+    lookup(_mm512_loadu_si512(from), line.first, line.second);
+    return line;
+  }
+  static __attribute__((always_inline)) vf fma(vf sum, A a, const Line& b) {
+    return Pairs::fma(Pairs::fma(sum, a.pair[0], (vf)b.first), a.pair[1], (vf)b.second);
+  }
+};
+#endif
+
 // How a cache becomes units; `expand` null: it holds them already.
 struct Format {
   Expand expand;
@@ -249,6 +285,10 @@ class Worker {
     for (int64_t m = 0; m < tile_.rows; ++m) {
       const T* from = q + head(m) * args_.q.head + token(m) * args_.q.token;
       typename Unit::A* to = queries_ + m * steps_;
+      if (Unit::per_step == 2 && args_.q.dim == 1) {
+        std::memcpy(to, from, args_.dk * sizeof(T));
+        continue;
+      }
       for (int64_t d = 0; d < args_.dk; ++d) {
         const T value = from[d * args_.q.dim];
         if constexpr (Unit::per_step == 2)
@@ -298,8 +338,65 @@ class Worker {
 
   // ---- the two products
 
+  // Whether codes are looked up in registers: for the few rows that then take them at once.
+  bool looks_up() const {
+    return Unit::per_step == 2 && format_.codes && tile_.rows <= 4 && args_.dv == width_;
+  }
+
+#if defined(FXLM_PAIRS)
+  template <bool twos_complement>
+  void multiply_codes(const float* a, int lda, const char* const* tiles, int64_t stride, int first,
+                      int steps, bool keys, const Tiles& next, int columns, float* c, int ldc) {
+    using B = CodeLines<twos_complement>;
+    const B b{Lookup<twos_complement>(*format_.codes), tiles, stride, first, keys, &next};
+    product_rows(reinterpret_cast<const typename B::A*>(a), lda, b, steps, columns, c, ldc,
+                 int(tile_.rows));
+  }
+  template <class... More>
+  void multiply_codes_of_store(More&&... more) {
+    if (args_.store == Store::int8)
+      multiply_codes<true>(more...);
+    else
+      multiply_codes<false>(more...);
+  }
+#else
+  template <class... More>
+  void multiply_codes_of_store(More&&...) {}
+#endif
+
+  void score_codes(int at, int columns, const Tiles& here, const Tiles& next) {
+    const char* tiles[kTiles];
+    for (int i = 0; i < kTiles; ++i) tiles[i] = here.at[i];
+    const char* some = nullptr;  // stands for what no row sees: those scores are masked
+    for (const char* tile : tiles) some = some ? some : tile;
+    for (const char*& tile : tiles) tile = tile ? tile : some;
+    multiply_codes_of_store(reinterpret_cast<const float*>(queries_), steps_ / 2, tiles,
+                            args_.block_size * 4, 0, steps_ / 2, true, next, columns, scores_ + at,
+                            kSplit);
+  }
+
+  void mix_codes(int at, const Tiles& here, const Tiles& next, float* out) {
+    const int begin = std::max(begin_ - at, 0), end = std::min(end_ - at, kGroup);
+    const char* tiles[kTiles];
+    for (int i = 0; i < kTiles; ++i) {
+      tiles[i] = here.at[i];
+      const int token = i * kTile;
+      if (tiles[i] == nullptr || (token >= begin && token + kTile <= end)) continue;
+      auto* copy = reinterpret_cast<uint8_t*>(expanded_values_) + token * args_.dv;
+      std::memcpy(copy, tiles[i], kTile * args_.dv);
+      for (int j = 0; j < kTile; ++j)
+        for (int d = 0; d < args_.dv && (token + j < begin || token + j >= end); ++d)
+          copy[place<1>(j, d, args_.dv)] = 0;  // which is 0.0 as int8 and as fp8
+      tiles[i] = reinterpret_cast<const char*>(copy);
+    }
+    const int first = begin / 4, last = (end + 3) / 4;
+    multiply_codes_of_store(scores_ + at / 2 + first * 2, kSplit / 2, tiles, args_.dv * 4, first,
+                            last - first, false, next, width_, out + kHeader, ld_);
+  }
+
   // Scores of `columns` keys.
   void score_keys(int at, int columns, const Tiles& here, const Tiles& next) {
+    if (looks_up()) return score_codes(at, columns, here, next);
     const char* lanes[kGroup / W];
     const bool direct = format_.expand == nullptr;
     const char* some = here.at[0];  // stands for what no row sees: those scores are masked
@@ -319,6 +416,7 @@ class Worker {
 
   // Adds the weighted values of a group to `out`.
   void mix_values(int at, const Tiles& here, const Tiles& next, float* out) {
+    if (looks_up()) return mix_codes(at, here, next, out);
     constexpr int per = Unit::per_step;
     const int begin = std::max(begin_ - at, 0), end = std::min(end_ - at, kGroup);
     const char* tiles[kTiles];
@@ -566,7 +664,7 @@ void write_heads(const Attention& args, int64_t token) {
       write_codes<T, keys>(x, from.dim, dim, offset, size, args.store, fixed ? fixed[head] : 0.0f,
                            chunk);
     else
-      write_values<T, keys>(x, from.dim, dim, offset, size, chunk);
+      scatter<keys>(x, from.dim, dim, offset, size, reinterpret_cast<T*>(chunk));
   }
 }
 

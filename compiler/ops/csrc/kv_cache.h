@@ -24,7 +24,7 @@ namespace {
 constexpr int kTile = 16;  // blocks are multiples of it, and what is expanded at a time
 
 template <int bytes>
-inline int64_t place(int64_t step, int64_t lane, int64_t lanes) {
+inline uint64_t place(uint64_t step, uint64_t lane, uint64_t lanes) {  // unsigned: shifts and masks
   if constexpr (bytes == 4) return step * lanes + lane;
   if constexpr (bytes == 2) return (step / 2 * lanes + lane) * 2 + step % 2;
   return (step / 4 * (lanes / 4) + lane / 4) * 16 + step / 2 % 2 * 8 + lane % 4 * 2 + step % 2;
@@ -47,9 +47,10 @@ inline float e4m3_magnitude(int code) {
 inline uint8_t e4m3_of(float x) {
   const uint32_t bits = bit_cast<uint32_t>(x), rest = bits & 0x7fffffff;
   const uint32_t sign = bits >> 24 & 0x80;
-  if (rest < 0x3c800000)  // below 2^-6, subnormal: let the adder round at bit 2^-9
-    return uint8_t(sign | (bit_cast<uint32_t>(bit_cast<float>(rest) + 16384.0f) - 0x46800000));
-  return uint8_t(sign | ((rest - 0x3c000000 + 0x7ffff + (rest >> 20 & 1)) >> 20));
+  // Below 2^-6, subnormal: let the adder round at bit 2^-9. Both are computed, to be vectorized.
+  const uint32_t small = bit_cast<uint32_t>(bit_cast<float>(rest) + 16384.0f) - 0x46800000;
+  const uint32_t usual = (rest - 0x3c000000 + 0x7ffff + (rest >> 20 & 1)) >> 20;
+  return uint8_t(sign | (rest < 0x3c800000 ? small : usual));
 }
 
 // What codes stand for: magnitudes as bf16, cut in bytes, by the low seven bits; values by all.
@@ -76,24 +77,26 @@ inline const Codes& codes_of(Store store) {
 // x[count] -> codes; returns the scale by which they are to be multiplied. NaN if not finite.
 inline float quantize(const float* x, int64_t count, Store store, float fixed, uint8_t* codes) {
   const float most = largest(store);
-  float top = 0.0f;
-  bool finite = true;
+  uint32_t top = 0;  // magnitudes are ordered as their bits are
   for (int64_t i = 0; i < count; ++i) {
-    const float magnitude = std::fabs(x[i]);
-    finite &= magnitude <= std::numeric_limits<float>::max();
+    const uint32_t magnitude = bit_cast<uint32_t>(x[i]) & 0x7fffffff;
     top = magnitude > top ? magnitude : top;
   }
-  if (!finite) {
+  if (top >= 0x7f800000) {
     std::memset(codes, 0, count);
     return std::numeric_limits<float>::quiet_NaN();
   }
-  const float scale = fixed > 0.0f ? fixed : std::max(top / most, 0x1p-64f);
+  const float scale = fixed > 0.0f ? fixed : std::max(bit_cast<float>(top) / most, 0x1p-64f);
   const float inverse = 1.0f / scale;
-  for (int64_t i = 0; i < count; ++i) {
-    const float y = std::min(std::max(x[i] * inverse, -most), most);
-    codes[i] = store == Store::fp8 ? e4m3_of(y)
-                                   : uint8_t(int8_t(int32_t(bit_cast<uint32_t>(y + 12582912.0f))));
-  }
+  const auto clamped = [=](float value) {
+    const float y = value * inverse;
+    return y > most ? most : y < -most ? -most : y;
+  };
+  if (store == Store::fp8)
+    for (int64_t i = 0; i < count; ++i) codes[i] = e4m3_of(clamped(x[i]));
+  else  // adding 1.5 * 2^23 rounds to an integer, whose low byte is the code
+    for (int64_t i = 0; i < count; ++i)
+      codes[i] = uint8_t(bit_cast<uint32_t>(clamped(x[i]) + 12582912.0f));
   return scale;
 }
 
@@ -228,13 +231,20 @@ void pairs_of_codes(const char* from, int64_t lanes, int steps, int count, const
 // ---- into a chunk -----------------------------------------------------------------------------
 
 // One token of one head: x[dim], `stride` apart, at `offset` of a chunk of `tokens`.
-template <class T, bool keys>
-void write_values(const T* x, int64_t stride, int64_t dim, int64_t offset, int64_t tokens,
-                  void* chunk) {
-  T* to = static_cast<T*>(chunk);
-  for (int64_t d = 0; d < dim; ++d)
-    to[keys ? place<sizeof(T)>(d, offset, tokens) : place<sizeof(T)>(offset, d, dim)] =
-        x[d * stride];
+template <bool keys, class T>
+void scatter(const T* x, int64_t stride, int64_t dim, int64_t offset, int64_t tokens, T* to) {
+  constexpr int64_t unit = 4 / sizeof(T);  // dims that follow one place alike
+  for (int64_t d = 0; d + unit <= dim; d += unit, x += unit * stride) {
+    if constexpr (keys) {
+      T* here = to + place<sizeof(T)>(d, offset, tokens);
+      for (int64_t i = 0; i < unit; ++i) here[place<sizeof(T)>(i, 0, 4)] = x[i * stride];
+    } else {
+      T* here = to + place<sizeof(T)>(offset, d, dim);
+      for (int64_t i = 0; i < unit; ++i) here[place<sizeof(T)>(0, i, 4)] = x[i * stride];
+    }
+  }
+  for (int64_t d = dim - dim % unit; d < dim; ++d, x += stride)
+    to[keys ? place<sizeof(T)>(d, offset, tokens) : place<sizeof(T)>(offset, d, dim)] = *x;
 }
 
 template <class T, bool keys>
@@ -242,11 +252,11 @@ void write_codes(const T* x, int64_t stride, int64_t dim, int64_t offset, int64_
                  Store store, float fixed, void* chunk) {
   constexpr int64_t most = 2048;
   float values[most];
-  uint8_t codes[most], *to = static_cast<uint8_t*>(chunk);
+  uint8_t codes[most];
+  uint8_t* to = static_cast<uint8_t*>(chunk);
   for (int64_t d = 0; d < dim; ++d) values[d] = to_float(x[d * stride]);
   const float scale = quantize(values, dim, store, fixed, codes);
-  for (int64_t d = 0; d < dim; ++d)
-    to[keys ? place<1>(d, offset, tokens) : place<1>(offset, d, dim)] = codes[d];
+  scatter<keys>(codes, 1, dim, offset, tokens, to);
   std::memcpy(to + tokens * dim + offset * 4, &scale, 4);
 }
 

@@ -91,7 +91,7 @@ inline __attribute__((always_inline)) void product(const typename B::A* a, int l
 #pragma GCC unroll 1
   for (int k = 0; k < steps; ++k) {
     b.prefetch(k, column, N * W);
-    vf line[N];
+    decltype(b(0, 0)) line[N];
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) line[n] = b(k, column + n * W);
 #pragma GCC unroll 8
