@@ -44,6 +44,7 @@ class CompileOptions:
         tap: modules whose output requests may ask for.
         steer: modules to whose output requests may add a vector.
         verify: keep the pass `verify` in the column, for speculative decoding.
+        ranks, rank: how many ranks share each layer, and which of them this is for.
         pack_weights: keep the pass `pack_linears` in the column; None: where it pays.
     """
 
@@ -60,6 +61,8 @@ class CompileOptions:
     tap: tuple[str, ...] = ()
     steer: tuple[str, ...] = ()
     verify: bool = False
+    ranks: int = 1
+    rank: int = 0
     pack_weights: bool | None = None
 
     def __post_init__(self) -> None:
@@ -67,6 +70,8 @@ class CompileOptions:
             raise InvalidOption("dtype", self.dtype, f"use auto, {', '.join(DTYPES)}")
         if self.device.split(":")[0] not in ("cpu", "cuda"):
             raise InvalidOption("device", self.device, "use cpu or cuda")
+        if not 0 <= self.rank < self.ranks:
+            raise InvalidOption("rank", self.rank, f"use 0 to {self.ranks - 1}")
         for name, points in (("tap", self.tap), ("steer", self.steer)):
             if len(set(points)) != len(points):
                 raise InvalidOption(name, ", ".join(points), "name each module once")

@@ -176,6 +176,7 @@ def _run_one(program: Program, item: GraphPass) -> PassReport:
     before = op_counts(program.graph)
     expected = item.expects(program) if callable(item.expects) else item.expects
     program.misses.clear()
+    program.notes.clear()
     started = time.perf_counter()
     try:
         rewrites = item.run(program, **item.options)
@@ -200,7 +201,7 @@ def _run_one(program: Program, item: GraphPass) -> PassReport:
     return PassReport(
         name=item.name, rewrites=rewrites, seconds=seconds, added=added, removed=removed,
         nodes_before=before.total(), nodes_after=after.total(),
-        source_digest=item.source_digest(), stage=program.stage,
+        source_digest=item.source_digest(), stage=program.stage, notes=tuple(program.notes),
     )  # fmt: skip
 
 

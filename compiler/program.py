@@ -12,7 +12,7 @@ import contextlib
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -33,6 +33,15 @@ MAX_TOKENS = 1 << 20  # of a step, unless the model itself takes fewer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """A slice of a tensor: ``length`` indices of dimension ``dim`` from ``start``."""
+
+    dim: int
+    start: int
+    length: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Input:
     """What one placeholder of the graph stands for.
 
@@ -43,11 +52,13 @@ class Input:
         source: name of the step input, of the checkpoint tensor, of the buffer, or
             ``k``/``v`` of a cache.
         layer: index of the attention layer, for caches.
+        part: of a weight, if no more of the checkpoint tensor is read than a slice.
     """
 
     role: Role
     source: str
     layer: int = -1
+    part: Part | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,6 +112,7 @@ class Program:
         caches: KV memory per attention layer, once paged.
         log: one report a pass.
         misses: near misses of the running pass, shown when it fires too seldom.
+        notes: what the running pass decided, a line each; its report keeps them.
         symbols: sizes that change from step to step, by name.
         max_tokens: most tokens of a step that the graph takes.
         taps: names of the values returned behind the results proper; see `tap`.
@@ -116,6 +128,7 @@ class Program:
     caches: list[CacheSpec] = field(default_factory=list)
     log: list[PassReport] = field(default_factory=list)
     misses: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     symbols: dict[str, torch.SymInt] = field(default_factory=dict)
     max_tokens: int = MAX_TOKENS
     taps: list[str] = field(default_factory=list)
@@ -125,6 +138,20 @@ class Program:
     def graph(self) -> fx.Graph:
         """The FX graph; mutate it in place."""
         return self.module.graph
+
+    def copy(self) -> Program:
+        """A program with a graph and books of its own; fake values are shared."""
+        graph = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {}
+        for node in self.graph.nodes:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+            copies[node].meta = dict(node.meta)
+        books: dict[str, Any] = {
+            f.name: type(value)(value)
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), (dict, list))
+        }
+        return replace(self, module=fx.GraphModule(torch.nn.Module(), graph), **books)
 
     # ---- building ------------------------------------------------------------------------
 
@@ -194,6 +221,10 @@ class Program:
     def miss(self, node: fx.Node, reason: str) -> None:
         """Record that ``node`` nearly matched the running pass, and why it did not."""
         self.misses.append(f"{node.name} ({node.target}, {module_path(node)}): {reason}")
+
+    def note(self, text: str) -> None:
+        """Record what the running pass decided, for its report."""
+        self.notes.append(text)
 
     def eliminate_dead_code(self) -> None:
         """Erase calls that nobody uses and that have no effect, then unused weights."""

@@ -20,6 +20,7 @@ class PassReport:
         added, removed: ops by name and how many more or fewer there are now.
         source_digest: SHA-256 of the source text of the pass.
         stage: stage of the program after the pass.
+        notes: what the pass decided, a line each.
     """
 
     name: str
@@ -31,6 +32,7 @@ class PassReport:
     removed: dict[str, int]
     source_digest: str
     stage: str
+    notes: tuple[str, ...] = ()
 
     def line(self) -> str:
         """The report on one line."""

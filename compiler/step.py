@@ -27,6 +27,8 @@ class Reader(Protocol):
 
     def read(self, name: str) -> torch.Tensor: ...
 
+    def read_slice(self, name: str, dim: int, start: int, length: int) -> torch.Tensor: ...
+
     def forget(self) -> None:
         """Let go of pages read so far; tensors stay valid."""
         ...
@@ -73,7 +75,7 @@ class _Source:
     """Inputs of the load graph by name, and the pages of files that they hold."""
 
     def __init__(
-        self, reader: Reader, meaning: dict[str, list[str]], constants: dict[str, torch.Tensor],
+        self, reader: Reader, meaning: dict[str, list[Any]], constants: dict[str, torch.Tensor],
         device: torch.device, progress: Progress | None,
     ) -> None:  # fmt: skip
         self.reader = reader
@@ -85,11 +87,15 @@ class _Source:
         self.held_bytes = 0
 
     def __call__(self, name: str) -> torch.Tensor:
-        role, source = self.meaning[name]
+        role, source, *part = self.meaning[name]
         if self.held_bytes > WINDOW_BYTES:
             self.reader.forget()
             self.held_bytes = 0
-        value = self.constants[source] if role == "constant" else self.reader.read(source)
+        if role == "constant":
+            value = self.constants[source]
+        else:
+            whole = not part
+            value = self.reader.read(source) if whole else self.reader.read_slice(source, *part)
         self.held_bytes += value.nbytes
         self.num_read += 1
         if self.progress is not None:

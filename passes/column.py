@@ -16,6 +16,7 @@ from fxlm.passes.pack_linears import pack_linears
 from fxlm.passes.paged_attention import paged_attention
 from fxlm.passes.quantize import quantize
 from fxlm.passes.sample import sample
+from fxlm.passes.shard import shard
 from fxlm.passes.steer import steer
 from fxlm.passes.tap import tap
 from fxlm.passes.verify import verify
@@ -23,6 +24,7 @@ from fxlm.passes.verify import verify
 COLUMN: tuple[GraphPass, ...] = (
     bind_checkpoint,  # parameters -> tensors of the checkpoint, as graph code
     cleanup,  # drop assertions, identities, full slices
+    shard,  # this rank's part of the model; left out unless several ranks share it
     quantize,  # weights of linears rounded while loading; left out unless it is asked for
     fuse_qkv,  # one matmul for q, k, v
     fuse_gate_up,  # one matmul for gate and up

@@ -58,7 +58,8 @@ def _head(program: Program, logits: fx.Node) -> fx.Node | None:
         if node.target in _MATMULS and node.args[1] in fixed:
             value: Any = node.args[0].meta["val"]  # type: ignore[union-attr]
             return node if value.dim() == 3 else None
-        if node.target not in _ROW_WISE:
+        gathers = node.target is torch.ops.fxlm.all_gather.default and node.args[1] == 2
+        if node.target not in _ROW_WISE and not gathers:
             return None
         if node.target is aten.slice.Tensor and node.args[1] == 1:
             return None  # it already picks rows by their place in the batch

@@ -36,7 +36,7 @@ from fxlm.runtime.cache import (
     open_frozen,
     target_of,
 )
-from fxlm.runtime.front import front
+from fxlm.runtime.front import column_of, front, resolved
 from fxlm.runtime.options import EngineOptions, compile_options, from_mapping
 
 _log = logging.getLogger(__name__)
@@ -44,6 +44,7 @@ _log = logging.getLogger(__name__)
 Report = Callable[[str, float], None]
 OnGraph = Callable[[Artifact], None]
 
+SHARD = "shard"  # the pass behind which the ranks' programs differ
 # What an artifact's directory holds, and nothing else.
 PARTS = {
     artifacts.MANIFEST,
@@ -93,6 +94,7 @@ def compile_model(
     output: Path | None = None,
     report: Report | None = None,
     on_graph: OnGraph | None = None,
+    prefix: Prefix | None = None,
 ) -> Compilation:
     """Find or make the artifact of a checkpoint.
 
@@ -103,6 +105,7 @@ def compile_model(
         output: put the artifact here instead of into the cache.
         report: called with (stage, seconds) as each stage ends.
         on_graph: called with an artifact of the same graphs, uncompiled, before they are compiled.
+        prefix: given to the compilations of all ranks of a model, it is captured once.
 
     Raises:
         UnsupportedModel, PassError, InvalidOption: the model or the passes are at fault.
@@ -118,34 +121,38 @@ def compile_model(
         _log.info("compiling: %s", found.text)
         _require_writable(target.path.parent, "--cache-dir" if output is None else "--output")
         with _no_collection():
-            run = _Compiler(checkpoint, target, root / "regions", report, on_graph)
+            run = _Compiler(checkpoint, target, root / "regions", report, on_graph, prefix)
             return replace(run.run(), miss=found)
 
 
 def compile_for(
     options: EngineOptions,
     *,
+    rank: int = 0,
     output: Path | None = None,
     report: Report | None = None,
     on_graph: OnGraph | None = None,
+    prefix: Prefix | None = None,
 ) -> Compilation:
     """Open the checkpoint that an engine's options name, and find or make its artifact.
 
     Args:
         options: of the engine.
-        output, report, on_graph: see `compile_model`.
+        rank: of the artifact, where several ranks share the model.
+        output, report, on_graph, prefix: see `compile_model`.
 
     Raises:
         ArtifactError: the artifact that ``options.frozen`` names cannot serve.
     """
     checkpoint, root = open_for(options), cache_directory(options.cache_dir)
-    chosen = compile_options(options)
+    chosen = compile_options(options, rank)
     if options.frozen is not None:
         artifact = open_frozen(Path(options.frozen), target_of(checkpoint, chosen, root))
         return Compilation(artifact=artifact, checkpoint=checkpoint)
     return compile_model(
-        checkpoint, chosen, cache_dir=root, output=output, report=report, on_graph=on_graph
-    )
+        checkpoint, chosen, cache_dir=root, output=output, report=report, on_graph=on_graph,
+        prefix=prefix,
+    )  # fmt: skip
 
 
 def open_for(options: EngineOptions) -> Checkpoint:
@@ -214,6 +221,13 @@ def _is_whole(package: Path) -> bool:
         return False
 
 
+@dataclass(slots=True)
+class Prefix:
+    """What the compilations of a model's ranks have in common: the program before it is cut."""
+
+    program: Program | None = None
+
+
 class _Compiler:
     """One run from checkpoint to artifact, with the time of each stage."""
 
@@ -224,6 +238,7 @@ class _Compiler:
         pool: Path,
         report: Report | None,
         on_graph: OnGraph | None,
+        prefix: Prefix | None,
     ) -> None:
         self.checkpoint = checkpoint
         self.target = target
@@ -231,6 +246,7 @@ class _Compiler:
         self.pool = pool
         self.report = report
         self.on_graph = on_graph
+        self.prefix = prefix or Prefix()
         self.seconds: dict[str, float] = {}
 
     @contextmanager
@@ -279,13 +295,20 @@ class _Compiler:
                 artifacts.write_manifest(work, self.manifest(target, program, cut, plan))
 
     def program(self) -> Program:
-        """Capture and run the column."""
-        start = front(self.checkpoint, self.options, self.stage)
+        """Capture and run the column; up to `shard` once for all ranks."""
         from fxlm.compiler.pipeline import run
 
-        with self.stage("passes"):
-            run(start.program, start.column)
-        return start.program
+        column = column_of(resolved(self.checkpoint, self.options)[0])
+        names = [item.name for item in column]
+        shared = names.index(SHARD) if SHARD in names else len(names)
+        if self.prefix.program is None:
+            start = front(self.checkpoint, self.options, self.stage)
+            with self.stage("passes"):
+                self.prefix.program = run(start.program, start.column[:shared])
+        if shared == len(names):
+            return self.prefix.program
+        with self.stage("passes of the rank"):
+            return run(self.prefix.program.copy(), column[shared:])
 
     def lower(self, work: Path, plan: Any) -> None:
         """Compile each region, or take it from the pool of regions compiled before."""
@@ -307,6 +330,7 @@ class _Compiler:
 
     def manifest(self, target: Target, program: Program, cut: Any, plan: Any) -> dict[str, Any]:
         from fxlm.compiler.liveness import activation_costs
+        from fxlm.compiler.ops.collectives import sent_per_step
 
         weights = {
             node.name: _tensor_spec(node.meta["val"])
@@ -330,6 +354,7 @@ class _Compiler:
             "checkpoint": self.checkpoint.digest(),
             "weights": {name: weights[name] for name in cut.prepared},
             "activations": activation_costs(program, plan),
+            "communication": sent_per_step(program),
             "caches": [
                 {"num_kv_heads": c.num_kv_heads, "key_dim": c.key_dim, "value_dim": c.value_dim,
                  "dtype": dtype_name(c.dtype)} for c in program.caches
@@ -368,6 +393,7 @@ def _pass_line(report: Any) -> dict[str, Any]:
         "name": report.name, "rewrites": report.rewrites, "source": report.source_digest,
         "nodes_before": report.nodes_before, "nodes_after": report.nodes_after,
         "seconds": round(report.seconds, 4), "added": report.added, "removed": report.removed,
+        "notes": list(report.notes),
     }  # fmt: skip
 
 
@@ -378,7 +404,7 @@ def _write_graphs(work: Path, program: Program, cut: Any, plan: Any) -> None:
 
     from fxlm.compiler import graph_json
 
-    inputs = {name: [spec.role, spec.source] for name, spec in cut.load_inputs.items()}
+    inputs = {name: _load_input(spec) for name, spec in cut.load_inputs.items()}
     content = {"inputs": inputs, "graph": graph_json.dump(cut.load)}
     (work / "load.json").write_text(json.dumps(content))
     used = {spec.source for spec in cut.load_inputs.values() if spec.role == "constant"}
@@ -388,6 +414,12 @@ def _write_graphs(work: Path, program: Program, cut: Any, plan: Any) -> None:
     for region in plan.regions:
         text = json.dumps(graph_json.dump(region.graph))
         (work / "regions" / f"{region.name}.json").write_text(text)
+
+
+def _load_input(spec: Any) -> list[Any]:
+    """Role and source, and of a slice its dimension, start and length."""
+    part = [spec.part.dim, spec.part.start, spec.part.length] if spec.part else []
+    return [spec.role, spec.source, *part]
 
 
 def _copy_model_files(source: Path, target: Path) -> None:

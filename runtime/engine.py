@@ -26,7 +26,7 @@ from fxlm.runtime.request import Request
 from fxlm.runtime.scheduler import Chunk, Plan, Policy, Scheduler
 from fxlm.runtime.sequence import Sequence, Status
 from fxlm.runtime.speculator import Speculator
-from fxlm.runtime.step import StepResult, Worker
+from fxlm.runtime.step import Alarm, StepResult, Worker
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +62,7 @@ class Engine:
         worker: runs the steps.
         config: options.
         speculator: drafts tokens, if the worker's graph verifies them.
+        alarm: tells of a worker that is lost between two steps.
     """
 
     def __init__(
@@ -69,11 +70,13 @@ class Engine:
         worker: Worker,
         config: EngineConfig | None = None,
         speculator: Speculator | None = None,
+        alarm: Alarm | None = None,
     ) -> None:
         self.config = config or EngineConfig()
         self.worker = worker
         self.spec = worker.spec
         self.speculator = speculator
+        self.alarm = alarm
         assert speculator is None or self.spec.max_drafts, "the graph verifies nothing"
         self.batch = Batch(self.spec)
         self.scheduler = Scheduler(
@@ -100,7 +103,7 @@ class Engine:
             InvalidRequest: a field of it is wrong; nothing was queued.
             EngineDead: an earlier step failed beyond repair.
         """
-        if self.dead is not None:
+        if self.trouble() is not None:
             raise EngineDead(self.dead)
         request.verify(self.spec.vocab_size, self.spec.max_model_len)
         if request.request_id in self._live:
@@ -167,6 +170,12 @@ class Engine:
         if not live.unfinished:
             del self._live[live.request.request_id]
 
+    def trouble(self) -> str | None:
+        """Why it cannot go on; None if it can."""
+        if self.dead is None and self.alarm is not None:
+            self.dead = self.alarm.trouble()
+        return self.dead
+
     def has_unfinished(self) -> bool:
         """Whether `step` has anything to do or to tell."""
         return bool(self._live or self._outputs)
@@ -184,7 +193,7 @@ class Engine:
         Raises:
             EngineDead: the worker failed; `fail_all` tells what to tell the requests.
         """
-        if self.dead is not None:
+        if self.trouble() is not None:
             raise EngineDead(self.dead)
         outputs, self._outputs = self._outputs, []
         if not self._live:
@@ -207,7 +216,8 @@ class Engine:
         except OutOfMemory as error:
             outputs += self._lose(plan, str(error))
         except Exception as error:
-            self.dead = f"{type(error).__name__}: {error}"
+            lost = isinstance(error, EngineDead)
+            self.dead = str(error) if lost else f"{type(error).__name__}: {error}"
             self._outputs = outputs
             raise EngineDead(self.dead) from error
         except BaseException:  # Ctrl-C in a notebook: the engine can go on without these

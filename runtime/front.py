@@ -123,15 +123,19 @@ def column_of(options: CompileOptions, **settings: dict[str, Any]) -> list[Graph
     for name in options.disabled:
         if name in REQUIRED:
             raise InvalidOption("--disable-pass", name, "the engine cannot run without it")
+    if options.ranks > 1 and "shard" in options.disabled:
+        raise InvalidOption("--disable-pass", "shard", "several ranks stand on it")
     if options.verify and "verify" in options.disabled:
         raise InvalidOption("--disable-pass", "verify", "speculative decoding stands on it")
     settings |= {"steer": {"points": options.steer}, "tap": {"points": options.tap}}
     cached = {"cache_dtype": resolve_cache_dtype(options.kv_cache_dtype)}
     settings["paged_attention"] = {**cached, **settings.get("paged_attention", {})}
+    settings["shard"] = {"ranks": options.ranks, "rank": options.rank}
     settings["quantize"] = {"quantization": options.quantization}
     wanted = {
         "pack_linears": options.pack_weights,
         "quantize": options.quantization is not None,
+        "shard": options.ranks > 1,
         "steer": options.steer,
         "tap": options.tap,
         "verify": options.verify,

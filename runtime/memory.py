@@ -71,11 +71,17 @@ class MemoryPlan:
 
 
 def plan_memory(
-    artifact: Artifact, options: EngineOptions, draft: Artifact | None = None
+    artifact: Artifact, options: EngineOptions, draft: Artifact | None = None, share: int = 1
 ) -> MemoryPlan:
     """Plan an engine for an artifact, and for a draft model's beside it.
 
     Both models keep the same tokens in their caches, so these have the same number of blocks.
+
+    Args:
+        artifact: of the model, or of this rank's part of it.
+        options: of the engine.
+        draft: of the draft model.
+        share: ranks that share this machine's memory (a GPU is a rank's alone).
 
     Raises:
         OutOfMemory: weights and one sequence of the context asked for do not fit.
@@ -92,7 +98,7 @@ def plan_memory(
     rows = options.max_num_seqs + DEFAULT_SCORE_ROWS
     rows += most_draft_rows(options.max_num_seqs, batched, drafted)
     activations = max(activation_bytes(item, batched, rows) for item in artifacts)
-    available, source = _available(cpu)
+    available, source = _available(cpu, share)
     longest, why_length = _context(model, options)
     budget, why_budget = _budget(options, available, source, weights + activations, per_token,
                                  longest, block)  # fmt: skip
@@ -181,10 +187,11 @@ def _tokens_per_step(model: dict[str, Any], options: EngineOptions) -> tuple[int
     return min(usual, most), f"default on {model['device']}" if usual <= most else "model's bound"
 
 
-def _available(cpu: bool) -> tuple[int, str]:
+def _available(cpu: bool, share: int) -> tuple[int, str]:
     if cpu:
         limit, source = machine.memory_limit_bytes()
-        return min(machine.memory_available_bytes(), limit), f"{source} memory"
+        shared = f" (a rank's share of {share})" if share > 1 else ""
+        return min(machine.memory_available_bytes(), limit) // share, f"{source} memory{shared}"
     free, _total = torch.cuda.mem_get_info()
     return free, "GPU memory"
 

@@ -51,6 +51,10 @@ class EngineOptions:
         disable_passes: passes of the column to leave out.
         tap: modules whose output requests may ask for, e.g. ``model.layers.3``.
         steer: modules to whose output requests may add a vector.
+        tensor_parallel_size: ranks that share each layer.
+        pipeline_parallel_size: parts that the layers are cut into, each with ranks of its own.
+        distributed_executor_backend: ``mp`` starts the ranks as processes of this machine.
+        distributed_timeout_seconds: how long a rank waits for another before the engine ends.
         cache_dir: where artifacts and prepared weights are kept.
         frozen: directory of the artifact to serve, as it is; nothing is ever compiled.
         tiered_start: serve from the uncompiled graph while another process compiles it.
@@ -81,6 +85,10 @@ class EngineOptions:
     disable_passes: tuple[str, ...] = ()
     tap: tuple[str, ...] = ()
     steer: tuple[str, ...] = ()
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    distributed_executor_backend: Literal["mp"] = "mp"
+    distributed_timeout_seconds: int = 20
     cache_dir: str | None = None
     frozen: str | None = None
     tiered_start: bool = False
@@ -96,6 +104,9 @@ class EngineOptions:
         _at_least("max_num_seqs", self.max_num_seqs, 1)
         _at_least("max_num_batched_tokens", self.max_num_batched_tokens, 1)
         _at_least("threads", self.threads, 1)
+        _at_least("tensor_parallel_size", self.tensor_parallel_size, 1)
+        _at_least("pipeline_parallel_size", self.pipeline_parallel_size, 1)
+        _at_least("distributed_timeout_seconds", self.distributed_timeout_seconds, 1)
         if not 0.0 < self.memory_fraction <= 1.0:
             raise InvalidOption("memory_fraction", self.memory_fraction, "use 0 < value <= 1")
         if self.device not in ("auto", "cpu", "cuda"):
@@ -146,8 +157,8 @@ def resolve_device(choice: str) -> tuple[str, str]:
     return "cpu", "torch sees no CUDA device"
 
 
-def compile_options(options: EngineOptions) -> CompileOptions:
-    """The part of the options that decides the artifact; loads user passes."""
+def compile_options(options: EngineOptions, rank: int = 0) -> CompileOptions:
+    """The part of the options that decides a rank's artifact; loads user passes."""
     from fxlm.compiler.options import CompileOptions
 
     device, _ = resolve_device(options.device)
@@ -165,6 +176,8 @@ def compile_options(options: EngineOptions) -> CompileOptions:
         trust_remote_code=options.trust_remote_code,
         quantization=options.quantization,
         verify=options.speculative_config is not None,
+        ranks=options.tensor_parallel_size,
+        rank=rank % options.tensor_parallel_size,
     )
 
 

@@ -16,20 +16,19 @@ engine itself (``engine``).
 """
 
 import contextlib
-import ctypes
 import importlib
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 import zmq
 
 from fxlm.compiler.errors import EngineDead, FxlmError, InvalidRequest
+from fxlm.runtime.lifeline import EXIT_ORPHAN, read_line, watch_lifeline
 from fxlm.runtime.messages import (
     Abort,
     Failed,
@@ -55,8 +54,6 @@ SIGTERM_DRAIN_S = 30.0
 LINGER_MS = 3000  # for the last words to leave the socket
 MAX_MESSAGES = 1000  # read between two steps
 EXIT_FATAL = 1
-EXIT_ORPHAN = 3
-PR_SET_PDEATHSIG = 1
 
 
 class Service:
@@ -84,6 +81,8 @@ class Service:
         self._wake_fd = wake_fd
         if wake_fd >= 0:
             self._poller.register(wake_fd, zmq.POLLIN)
+        if engine.alarm is not None:  # a rank may be lost while there is nothing to do
+            self._poller.register(engine.alarm.fileno(), zmq.POLLIN)
         self._deadline: float | None = None  # of the drain; monotonic seconds
         self._stats_sent = 0.0
         self._stats_told: tuple[int | str, ...] = ()
@@ -99,6 +98,9 @@ class Service:
             if not busy:
                 self._send_stats()
             self._receive(block=not busy and self._deadline is None)
+            trouble = self.engine.trouble()
+            if trouble is not None:
+                return self._die(trouble)
             if self._drained():
                 self._send_stats()
                 self._send(Failed(None, "the engine was shut down"))
@@ -273,40 +275,16 @@ def _signals(stops: list[int]) -> Iterator[int]:
         os.close(write_fd)
 
 
-def _watch_lifeline(parent: int) -> None:
-    """Leave when standard input ends, or (Linux) when the kernel says that the parent died."""
-
-    def wait() -> None:
-        while os.read(0, 4096):
-            pass
-        os._exit(EXIT_ORPHAN)
-
-    def check(number: int, frame: Any) -> None:
-        # Also sent when only the parent's thread that started us ended: then nothing is wrong.
-        if os.getppid() != parent:
-            os._exit(EXIT_ORPHAN)
-
-    threading.Thread(target=wait, name="lifeline", daemon=True).start()
-    if sys.platform == "linux":
-        signal.signal(signal.SIGHUP, check)
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGHUP)
-    if os.getppid() != parent:  # it died before we watched
-        os._exit(EXIT_ORPHAN)
-
-
 def main() -> int:
     """Entry of the process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    line = bytearray()
-    while not line.endswith(b"\n"):
-        byte = os.read(0, 1)  # unbuffered: what follows belongs to the lifeline
-        if not byte:
-            return EXIT_ORPHAN
-        line += byte
-    spec = msgspec.json.decode(bytes(line), type=ServiceSpec)
+    line = read_line()
+    if line is None:
+        return EXIT_ORPHAN
+    spec = msgspec.json.decode(line, type=ServiceSpec)
     os.dup2(2, 1)
     sys.path[:0] = spec.paths
-    _watch_lifeline(spec.parent_pid)
+    watch_lifeline(spec.parent_pid)
     stops: list[int] = []
     with _signals(stops) as wake_fd:
         return run_service(spec, wake_fd, stops)

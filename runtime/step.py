@@ -115,3 +115,15 @@ class Worker(Protocol):
         Destinations are distinct; a source is read before any destination is written.
         """
         ...
+
+
+class Alarm(Protocol):
+    """Watches what a worker consists of, while no step runs."""
+
+    def fileno(self) -> int:
+        """A descriptor that is readable once there is trouble."""
+        ...
+
+    def trouble(self) -> str | None:
+        """What is wrong, for good; None if nothing is."""
+        ...

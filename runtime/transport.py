@@ -54,8 +54,16 @@ class Address:
 
 
 @contextlib.contextmanager
-def listening(socket: S) -> Iterator[Address]:
-    """Bind ``socket`` to a private address; it is gone afterwards."""
+def listening(socket: S, host: str | None = None) -> Iterator[Address]:
+    """Bind ``socket`` to a private address; it is gone afterwards.
+
+    Args:
+        socket: not bound yet.
+        host: address of this machine for others to connect to; None: nobody else needs to.
+    """
+    if host is not None:
+        yield _bind_tcp(socket, host)
+        return
     directory = tempfile.mkdtemp(prefix="fxlm-")  # mode 0700
     try:
         path = os.path.join(directory, "engine")
@@ -68,14 +76,14 @@ def listening(socket: S) -> Iterator[Address]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _bind_tcp(socket: S) -> Address:
+def _bind_tcp(socket: S, host: str = "127.0.0.1") -> Address:
     assert zmq.has("curve"), "no private Unix socket, and this libzmq cannot encrypt TCP"
     public, secret = zmq.curve_keypair()
     socket.curve_secretkey = secret
     socket.curve_publickey = public
     socket.curve_server = True
-    port = socket.bind_to_random_port("tcp://127.0.0.1")
-    return Address(endpoint=f"tcp://127.0.0.1:{port}", server_key=public.decode())
+    port = socket.bind_to_random_port(f"tcp://{host}")
+    return Address(endpoint=f"tcp://{host}:{port}", server_key=public.decode())
 
 
 def connect(context: "zmq.Context[zmq.Socket[bytes]]", spec: ServiceSpec) -> "zmq.Socket[bytes]":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -88,13 +88,22 @@ class ModelWorker:
         """Run the step that ``batch`` holds; its tokens are on the host when this returns."""
         if self._next is not None:
             self._step, self._next = self._next, None
-        tensors = batch.tensors()
+        return self.result(self.step(batch.tensors()), batch)
+
+    def step(self, tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """Run a step on these inputs (on the CPU); gives the results of the graph."""
         if self.device.type != "cpu":
             tensors = {n: t.to(self.device, non_blocking=True) for n, t in tensors.items()}
         try:
-            ids, logprobs, logprob_ids, ranks, *more = self._step(tensors)
+            with torch.inference_mode():
+                return self._step(tensors)
         except (MemoryError, torch.OutOfMemoryError) as error:
-            raise OutOfMemory(f"a step of {batch.sizes} ran out of memory: {error}") from error
+            tokens = tensors["input_ids"].shape[1]
+            raise OutOfMemory(f"a step of {tokens} tokens ran out of memory: {error}") from error
+
+    def result(self, values: Sequence[torch.Tensor], batch: Batch) -> StepResult:
+        """The results of a step on the host; log-probabilities where a row asks."""
+        ids, logprobs, logprob_ids, ranks, *more = values
         result = StepResult(token_ids=ids.tolist())
         if self._spec.max_drafts:
             result.num_accepted = more[0].tolist()
@@ -140,6 +149,10 @@ def build_engine(
         options: resolved nowhere yet.
         report: called with (stage, seconds) as stages end.
     """
+    if options.tensor_parallel_size * options.pipeline_parallel_size > 1:
+        from fxlm.runtime.parallel.build import build_parallel
+
+        return build_parallel(options, report)
     set_threads(options.threads)
     compilation, background = first_tier(options, report)
     draft = compile_draft(options, compilation.artifact, report)

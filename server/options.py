@@ -18,6 +18,7 @@ from fxlm.server.limits import Limits
 KV_CACHE_DTYPES = ("auto", "int8", "fp8", "fp8_e4m3")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
+BACKENDS = ("mp",)
 POLICIES = ("fcfs", "priority")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 KEY_VARIABLE = "FXLM_API_KEY"
@@ -74,6 +75,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     """Flags of the model, the compiler and the engine; every command that compiles has them."""
     add_checkpoint_options(parser)
     add_memory_options(parser)
+    add_parallel_options(parser)
     add_compiler_options(parser)
     add_speculative_options(parser)
 
@@ -101,6 +103,28 @@ def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="run Python code that comes with the checkpoint",
     )
+
+
+def add_parallel_options(parser: argparse.ArgumentParser) -> None:
+    """How many ranks, and how they are started."""
+    group = parser.add_argument_group("several ranks")
+    group.add_argument(
+        "--tensor-parallel-size", "-tp", type=whole(1), metavar="N",
+        help="ranks that share each layer",
+    )  # fmt: skip
+    group.add_argument(
+        "--pipeline-parallel-size", "-pp", type=whole(1), metavar="N",
+        help="parts that the layers are cut into",
+    )  # fmt: skip
+    group.add_argument(
+        "--distributed-executor-backend",
+        choices=BACKENDS,
+        help="who starts the ranks (default: mp, processes of this machine)",
+    )
+    group.add_argument(
+        "--distributed-timeout-seconds", type=whole(1), metavar="S",
+        help="how long a rank waits for another before the engine ends (default: 20)",
+    )  # fmt: skip
 
 
 def add_memory_options(parser: argparse.ArgumentParser) -> None:

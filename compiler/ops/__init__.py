@@ -4,6 +4,7 @@ Here is `load`, which registers everything once a process. Nothing here imports 
 `load` is called, and nothing imports ``torch._dynamo`` or ``torch._inductor`` at all: a compiled
 artifact is served after a bare ``import torch`` and ``load()``.
 
+    collectives.py sums and gathers over ranks
     fake.py       schemas and shapes of the results
     grouped.py    the linear layers of experts
     linear.py     linear layers over packed weights
@@ -35,7 +36,8 @@ def load() -> None:
     global _library, _cpu
     if _library is not None:
         return
-    import fxlm.compiler.ops.grouped  # noqa: F401  registers its op when imported
+    import fxlm.compiler.ops.collectives
+    import fxlm.compiler.ops.grouped  # noqa: F401
     from fxlm.compiler.ops import build, fake
 
     _library = fake.register()

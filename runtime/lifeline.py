@@ -1,0 +1,47 @@
+"""A child process that leaves with its parent.
+
+Here: reading the first line of standard input, whose end then means that the parent is gone.
+Not here: what the child does (``service``, ``parallel.rank``).
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+from typing import Any
+
+EXIT_ORPHAN = 3
+PR_SET_PDEATHSIG = 1
+
+
+def read_line() -> bytes | None:
+    """The first line of standard input; None if it ends before."""
+    line = bytearray()
+    while not line.endswith(b"\n"):
+        byte = os.read(0, 1)  # unbuffered: what follows belongs to the lifeline
+        if not byte:
+            return None
+        line += byte
+    return bytes(line)
+
+
+def watch_lifeline(parent: int) -> None:
+    """Leave when standard input ends, or (Linux) when the kernel says that the parent died."""
+
+    def wait() -> None:
+        while os.read(0, 4096):
+            pass
+        os._exit(EXIT_ORPHAN)
+
+    def check(number: int, frame: Any) -> None:
+        # Also sent when only the parent's thread that started us ended: then nothing is wrong.
+        if os.getppid() != parent:
+            os._exit(EXIT_ORPHAN)
+
+    threading.Thread(target=wait, name="lifeline", daemon=True).start()
+    if sys.platform == "linux":
+        signal.signal(signal.SIGHUP, check)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGHUP)
+    if os.getppid() != parent:  # it died before we watched
+        os._exit(EXIT_ORPHAN)

@@ -1,0 +1,118 @@
+"""An engine over several ranks, built in the process of rank 0.
+
+Here: the order of the start (plan, load, meet) and the worker that rank 0's engine runs. Not
+here: the other ranks (``rank``), watching them (``ranks``).
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from dataclasses import replace
+
+from fxlm.compiler.errors import EngineDead
+from fxlm.runtime.batch import Batch
+from fxlm.runtime.compile import Compilation, Prefix, Report, compile_for
+from fxlm.runtime.engine import Engine, EngineConfig
+from fxlm.runtime.memory import MemoryPlan
+from fxlm.runtime.options import EngineOptions
+from fxlm.runtime.parallel.member import Member, share_cores
+from fxlm.runtime.parallel.messages import (
+    Copy,
+    Find,
+    Join,
+    Joined,
+    Load,
+    Loaded,
+    Planned,
+    merged_spec,
+    spec_values,
+)
+from fxlm.runtime.parallel.place import place_of
+from fxlm.runtime.parallel.ranks import Ranks
+from fxlm.runtime.parallel.start import start_processes
+from fxlm.runtime.step import StepResult, WorkerSpec
+
+
+class ParallelWorker:
+    """Runs each step on all ranks; the result is rank 0's."""
+
+    def __init__(self, member: Member, ranks: Ranks) -> None:
+        self.member = member
+        self.ranks = ranks
+
+    @property
+    def spec(self) -> WorkerSpec:
+        """Sizes that every rank has."""
+        return self.member.worker.spec
+
+    def run(self, batch: Batch) -> StepResult:
+        """Run the step that ``batch`` holds.
+
+        Raises:
+            EngineDead: a rank was lost; says which and why.
+        """
+        tensors = batch.tensors()
+        self.ranks.set_busy(True)
+        try:
+            self.ranks.send_step(tensors)
+            return self.member.worker.result(self.member.run(tensors, 1), batch)
+        except EngineDead as error:
+            raise EngineDead(self.ranks.explain(str(error))) from error
+        finally:
+            self.ranks.set_busy(False)
+
+    def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
+        """Copy blocks on every rank."""
+        self.ranks.send(Copy(copies))
+        self.member.worker.copy_blocks(copies)
+
+
+def build_parallel(
+    options: EngineOptions, report: Report | None = None
+) -> tuple[Engine, MemoryPlan, Compilation]:
+    """As `fxlm.runtime.worker.build_engine`, over several ranks."""
+    place = place_of(options)
+    share_cores(options, place.size)
+    ranks, store = start_processes(options, place.size, float(options.distributed_timeout_seconds))
+    try:
+        made = compile_ranks(options, place.size, report)
+        ranks.send(Find())
+        member = Member(options, place, place.size)
+        plan = member.plan(made[0])
+        started = time.perf_counter()
+        planned = ranks.collect(Planned)
+        ranks.pids = {p.rank: p.pid for p in planned}
+        sizes = merged_spec([spec_values(plan.spec), *(p.spec for p in planned)])
+        ranks.send(Load(sizes))
+        member.load(WorkerSpec(**sizes))
+        ranks.collect(Loaded)
+        ranks.send(Join())
+        member.join(store)
+        ranks.collect(Joined)
+        ranks.start_pulse()
+    except BaseException:
+        ranks.close()
+        raise
+    if report is not None:
+        report(f"load weights, {place.size} ranks", time.perf_counter() - started)
+    worker = ParallelWorker(member, ranks)
+    config = EngineConfig(
+        enable_prefix_caching=options.enable_prefix_caching,
+        policy=options.scheduling_policy,
+        seed=options.seed,
+    )
+    engine = Engine(worker, config, alarm=ranks)
+    weakref.finalize(engine, ranks.close)
+    return engine, replace(plan, spec=worker.spec), made[0]
+
+
+def compile_ranks(
+    options: EngineOptions, size: int, report: Report | None = None
+) -> list[Compilation]:
+    """Find or make the artifacts of all ranks; the model is captured at most once."""
+    prefix = Prefix()
+    return [
+        compile_for(options, rank=rank, report=report if rank == 0 else None, prefix=prefix)
+        for rank in range(size)
+    ]

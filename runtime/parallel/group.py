@@ -1,0 +1,98 @@
+"""The group of ranks that sum and gather together, over torch.distributed's backends.
+
+Here: `join`, and what stands behind the collectives of a graph in a process. Groups are made
+directly, without ``init_process_group``: nothing is global, and Gloo listens on the address that
+it is told alone. Not here: who the ranks are (``place``), how they are started (``ranks``).
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch._C import _distributed_c10d as c10d
+
+from fxlm.compiler.errors import EngineDead
+
+LOOPBACK = "127.0.0.1"
+
+
+class RankGroup:
+    """Collectives of one group.
+
+    Args:
+        backend: a process group of torch.distributed.
+        rank, size: place in it.
+        timeout_s: how long a rank waits for the others before it takes them for lost.
+    """
+
+    def __init__(self, backend: Any, rank: int, size: int, timeout_s: float) -> None:
+        self._backend = backend
+        self.rank = rank
+        self.size = size
+        self.timeout_s = timeout_s
+
+    def all_reduce(self, x: torch.Tensor) -> None:
+        """Sum over the ranks, in place."""
+        options = c10d.AllreduceOptions()
+        options.timeout = timedelta(seconds=self.timeout_s)
+        self._wait("all_reduce", self._backend.allreduce([x], options))
+
+    def all_gather(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """What each rank gave, in order of ranks."""
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        options = c10d.AllgatherOptions()
+        options.timeout = timedelta(seconds=self.timeout_s)
+        self._wait("all_gather", self._backend.allgather([parts], [x], options))
+        return parts
+
+    def send(self, x: torch.Tensor, to: int) -> None:
+        """Hand ``x`` to another rank of the group; returns when it is on its way."""
+        self._wait("send", self._backend.send([x.contiguous()], to, 0))
+
+    def receive(self, x: torch.Tensor, source: int) -> None:
+        """Fill ``x`` with what rank ``source`` sends."""
+        self._wait("receive", self._backend.recv([x], source, 0))
+
+    def _wait(self, name: str, work: Any) -> None:
+        """Raises EngineDead where the other ranks are gone or silent."""
+        try:
+            work.wait()
+        except RuntimeError as error:  # Gloo's and NCCL's own classes derive from it
+            first = str(error).strip().splitlines()[0]
+            raise EngineDead(
+                f"{name} over {self.size} ranks failed on rank {self.rank} "
+                f"(other ranks gone, or silent for {self.timeout_s:g} s): {first}"
+            ) from error
+
+
+def join(
+    store: c10d.Store, name: str, rank: int, size: int, device: str, timeout_s: float,
+    host: str = LOOPBACK,
+) -> RankGroup:  # fmt: skip
+    """Meet the other ranks of a group; blocks until all are there.
+
+    Args:
+        store: shared by them.
+        name: of the group, the same on all ranks.
+        rank, size: place in the group.
+        device: ``cpu`` (Gloo) or ``cuda`` (NCCL).
+        timeout_s: for meeting, and later for each collective.
+        host: address on which the other ranks reach this one (Gloo).
+    """
+    shared = c10d.PrefixStore(name, store)
+    if device.startswith("cuda"):
+        # Not in every build of torch.
+        kind: Any = c10d.ProcessGroupNCCL
+        nccl = kind.Options()
+        nccl._timeout = timedelta(seconds=timeout_s)
+        backend = kind(shared, rank, size, nccl)
+    else:
+        kind = c10d.ProcessGroupGloo
+        gloo = kind._Options()
+        gloo._timeout = timedelta(seconds=timeout_s)
+        gloo._devices = [kind.create_device(hostname=host)]
+        gloo._threads = 2
+        backend = kind(shared, rank, size, gloo)
+    return RankGroup(backend, rank, size, timeout_s)
