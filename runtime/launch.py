@@ -10,10 +10,12 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fxlm.compiler.errors import InvalidOption
 from fxlm.runtime.options import EngineOptions, from_mapping
 
 if TYPE_CHECKING:
@@ -149,7 +151,13 @@ def plan_command(args: argparse.Namespace) -> int:
     from fxlm.runtime.quantize import describe
     from fxlm.runtime.worker import set_threads
 
+    sizes = args.tensor_parallel_size or (1,)
+    args.tensor_parallel_size = sizes[0]
     options = engine_options(args)
+    if args.hardware is not None:
+        return _plan_hardware(options, args.hardware, sizes)
+    if len(sizes) > 1:
+        raise InvalidOption("--tensor-parallel-size", sizes, "several go with --hardware alone")
     # The graph is enough to plan from; nothing is compiled and no weight is read.
     made = compile_for(replace(options, enforce_eager=True), report=_report)
     draft = compile_draft(replace(options, enforce_eager=True), made.artifact, report=_report)
@@ -168,6 +176,19 @@ def plan_command(args: argparse.Namespace) -> int:
         print(f"{name:<26}{value:>18}   {why}")
     print("\n".join(plan.lines()))
     return 0
+
+
+def _plan_hardware(options: EngineOptions, choice: str, sizes: Sequence[int]) -> int:
+    """A line for each number of ranks, on a machine that need not be this one."""
+    from fxlm.models.facts import facts
+    from fxlm.runtime.compile import open_for
+    from fxlm.runtime.hardware_plan import plan_ranks, read_hardware, table
+
+    hardware = read_hardware(choice)
+    plans = plan_ranks(options, hardware, sizes, _report)
+    longest = facts(open_for(options).config).max_position_embeddings
+    print("\n".join(table(hardware, plans, options.max_model_len or longest)))
+    return 0 if any(not plan.refusal for plan in plans) else 1
 
 
 def quantize_command(args: argparse.Namespace) -> int:

@@ -20,6 +20,7 @@ from fxlm.server.explorer_options import (
 from fxlm.server.options import (
     add_engine_options,
     add_model_argument,
+    add_plan_options,
     add_quantize_options,
     add_server_options,
 )
@@ -120,7 +121,9 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     add_server_options(add("serve", serve_command, serve_text, optional_model=True))
     compiled = add("compile", compile_command, "compile a model into an artifact")
     compiled.add_argument("--output", metavar="DIR", help="where to put the artifact")
-    add("plan", plan_command, "print the memory a model needs, without loading it")
+    add_plan_options(
+        add("plan", plan_command, "print the memory a model needs, without loading it")
+    )
     add("check", check_command, "compare a model's tokens with those of Hugging Face")
     rounding = "write a quantized copy of a checkpoint, with the error of each layer"
     add("quantize", quantize_command, rounding, options=add_quantize_options)

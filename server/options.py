@@ -51,6 +51,11 @@ def whole(low: int) -> Callable[[str], int]:
     return integer
 
 
+def counts(text: str) -> tuple[int, ...]:
+    """``1,2,4`` as numbers, each at least 1."""
+    return tuple(whole(1)(part) for part in text.split(","))
+
+
 def fraction(text: str) -> float:
     """A share between 0 (excluded) and 1."""
     value = float(text)
@@ -125,6 +130,17 @@ def add_parallel_options(parser: argparse.ArgumentParser) -> None:
         "--distributed-timeout-seconds", type=whole(1), metavar="S",
         help="how long a rank waits for another before the engine ends (default: 20)",
     )  # fmt: skip
+
+
+def add_plan_options(parser: argparse.ArgumentParser) -> None:
+    """Flags of `fxlm plan` alone: another machine, and several numbers of ranks at once."""
+    parser.add_argument(
+        "--hardware", metavar="FILE",
+        help="plan for the machine of this JSON file, or for a known one: cpu-2core-avx512, "
+        "h100, 8xh100-nvlink",
+    )  # fmt: skip
+    for flag in ("-tp", "--tensor-parallel-size"):
+        parser._option_string_actions[flag].type = counts
 
 
 def add_memory_options(parser: argparse.ArgumentParser) -> None:

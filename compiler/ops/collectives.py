@@ -146,14 +146,14 @@ def sent_bytes(graph: fx.Graph, ranks: int, sizes: dict[Any, int]) -> int:
 
 
 def sent_per_step(program: Program) -> dict[str, int]:
-    """Bytes that each rank sends per token and per logits row of a step; 0 for one rank."""
+    """Collectives of a step, and bytes that each rank sends per token and per logits row."""
     found = list(collectives(program.graph))
     if not found:
-        return {"per_token": 0, "per_row": 0}
+        return {"count": 0, "per_token": 0, "per_row": 0}
     gathers = [n for n in found if n.target is torch.ops.fxlm.all_gather.default]
     ranks: Any = gathers[0].args[2]
     tokens, rows = (program.symbol(name).node.expr for name in ("T", "R"))
     neither = sent_bytes(program.graph, ranks, {tokens: 0, rows: 0})
     token = sent_bytes(program.graph, ranks, {tokens: 1, rows: 0})
     row = sent_bytes(program.graph, ranks, {tokens: 0, rows: 1})
-    return {"per_token": token - neither, "per_row": row - neither}
+    return {"count": len(found), "per_token": token - neither, "per_row": row - neither}

@@ -12,7 +12,7 @@ from fxlm.runtime.options import EngineOptions
 
 # What one rank alone can do, and the value that asks for nothing of it.
 _ALONE = {
-    "tap": (), "steer": (), "speculative_config": None, "frozen": None, "tiered_start": False,
+    "pipeline_parallel_size": 1, "tap": (), "steer": (), "speculative_config": None, "frozen": None, "tiered_start": False,
 }  # fmt: skip
 
 
