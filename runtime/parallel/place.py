@@ -12,8 +12,13 @@ from fxlm.runtime.options import EngineOptions
 
 # What one rank alone can do, and the value that asks for nothing of it.
 _ALONE = {
-    "pipeline_parallel_size": 1, "tap": (), "steer": (), "speculative_config": None, "frozen": None, "tiered_start": False,
-}  # fmt: skip
+    "pipeline_parallel_size": 1,
+    "tap": (),
+    "steer": (),
+    "speculative_config": None,
+    "frozen": None,
+    "tiered_start": False,
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
