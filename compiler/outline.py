@@ -20,6 +20,7 @@ from torch import fx
 
 from fxlm.compiler.program import module_path
 
+_SYMBOL = re.compile(r"\bs\d+\b")
 # What compiling one more region costs, in nodes of a graph: each has a wrapper of its own, which
 # takes the C++ compiler about 4 s where a node takes 0.03 s.
 REGION_COST = 130
@@ -100,7 +101,10 @@ def _outline(step: fx.Graph, ranks: dict[fx.Node, int]) -> Outline:
 
 
 def canonical_text(graph: fx.Graph) -> str:
-    """The graph as text that does not depend on names: inputs' types, ops, arguments."""
+    """The graph as text that does not depend on names: inputs' types, ops, arguments.
+
+    Symbols of sizes are numbered as they come; two captures number them as they please.
+    """
     number = {n: f"%{i}" for i, n in enumerate(graph.nodes)}
     lines = []
     for node in graph.nodes:
@@ -109,7 +113,8 @@ def canonical_text(graph: fx.Graph) -> str:
         typed = _type(value) if node.op == "placeholder" else ""
         lines.append(f"{number[node]} {node.op} {node.target if not typed else ''} {typed} "
                      f"{args} {kwargs}")  # fmt: skip
-    return "\n".join(lines)
+    seen: dict[str, str] = {}
+    return _SYMBOL.sub(lambda m: seen.setdefault(m[0], f"s{len(seen)}"), "\n".join(lines))
 
 
 class _Text(str):

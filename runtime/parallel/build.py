@@ -77,6 +77,7 @@ def build_parallel(
     ranks, store = start_processes(options, place.size, float(options.distributed_timeout_seconds))
     try:
         made = compile_ranks(options, place.size, report)
+        ranks.meet()
         ranks.send(Find())
         member = Member(options, place, place.size)
         plan = member.plan(made[0])

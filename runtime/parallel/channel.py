@@ -31,6 +31,13 @@ class Orders:
         self._stack = contextlib.ExitStack()
         self.address: Address = self._stack.enter_context(listening(self._socket, host))
 
+    def arrived(self, timeout_ms: int) -> bool:
+        """Take one rank's greeting; before it, what is sent to that rank is dropped."""
+        if not self._socket.poll(timeout_ms):
+            return False
+        self._socket.recv_multipart()
+        return True
+
     def send(self, rank: int, frames: Sequence[bytes]) -> None:
         """Queue an order for one rank."""
         self._socket.send_multipart([_name(rank), *frames], zmq.NOBLOCK)
@@ -71,6 +78,7 @@ class Listener:
         self._socket.identity = _name(spec.rank)
         unlimited(self._socket)
         _connect(self._socket, spec.orders, spec.orders_key)
+        self._socket.send(b"")  # a greeting: rank 0 can reach this rank from now on
 
     def receive(self) -> list[bytes]:
         """The next order; waits for it as long as it takes."""

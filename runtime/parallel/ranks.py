@@ -88,6 +88,19 @@ class Ranks:
 
     # ---- for the engine's thread -------------------------------------------------------------
 
+    def meet(self) -> None:
+        """Wait until every rank can be told what to do.
+
+        Raises:
+            EngineDead: a rank ended instead.
+        """
+        missing = self.size - 1
+        while missing:
+            if self.orders.arrived(POLL_MS):
+                missing -= 1
+            elif self._reasons:
+                raise EngineDead(self.explain("a rank ended"))
+
     def send(self, order: Order) -> None:
         """Give every rank an order."""
         self._send(order_frames(order))

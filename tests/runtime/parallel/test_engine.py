@@ -25,6 +25,7 @@ from fxlm.runtime.parallel.ranks import Ranks
 from fxlm.runtime.parallel.start import start_processes
 from fxlm.runtime.sampling_params import SamplingParams
 from fxlm.runtime.worker import build_engine
+from tests.models.formats.test_compressed_tensors import write as write_quantized
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True)
 GIVEN = prompts(256, 256, (5, 17, 3, 40))
@@ -61,6 +62,14 @@ def test_greedy_tokens_are_those_of_one_rank(folder: Path, family: str, ranks: i
     cut = engine(model, tensor_parallel_size=ranks)
     assert generate(cut, GIVEN, GREEDY) == expected
     assert generate(cut, GIVEN, GREEDY) == expected  # by way of the prefix cache
+    ranks_of(cut).close()
+
+
+def test_a_quantized_checkpoint(folder: Path) -> None:
+    write_quantized(folder / "int4", "int4")
+    expected = generate(engine(folder / "int4"), GIVEN, GREEDY)
+    cut = engine(folder / "int4", tensor_parallel_size=2)
+    assert generate(cut, GIVEN, GREEDY) == expected
     ranks_of(cut).close()
 
 
@@ -113,6 +122,7 @@ def test_a_rank_that_hangs_in_a_step_ends_the_engine(folder: Path) -> None:
 
 def test_what_a_rank_says_at_the_start_is_told(folder: Path) -> None:
     ranks, _ = start_processes(options(folder / "nothing", tensor_parallel_size=2), 2, 5.0)
+    ranks.meet()
     ranks.send(Find())
     with pytest.raises(EngineDead, match="rank 1: there is no directory"):
         ranks.collect(Planned)
@@ -132,6 +142,9 @@ class _Counting:
     def read_slice(self, name: str, dim: int, start: int, length: int) -> torch.Tensor:
         return self._count(self.checkpoint.read_slice(name, dim, start, length))
 
+    def forget(self) -> None:
+        self.checkpoint.forget()
+
     def _count(self, tensor: torch.Tensor) -> torch.Tensor:
         self.num_bytes += tensor.numel() * tensor.element_size()
         return tensor
@@ -147,10 +160,8 @@ def test_a_rank_reads_its_own_bytes_alone(folder: Path, family: str) -> None:
     )  # fmt: skip
     for made in compile_ranks(options(model, tensor_parallel_size=2), 2):
         reader = _Counting(checkpoint)
-        weights = load_weights(made.artifact, reader, torch.device("cpu"))
+        load_weights(made.artifact, reader, torch.device("cpu"))
         assert reader.num_bytes == (checkpoint.num_bytes - shared) // 2 + shared
-        kept = sum(w.numel() * w.element_size() for w in weights.values())
-        assert kept < reader.num_bytes + 4096  # rotary constants and the rank's numbers
 
 
 def test_ranks_have_one_step_and_their_own_weights(folder: Path) -> None:
@@ -170,7 +181,7 @@ def test_ranks_have_one_step_and_their_own_weights(folder: Path) -> None:
         ({"tensor_parallel_size": 3}, PassError, "4 query heads do not divide"),
         ({"tensor_parallel_size": 2, "tap": ("model.layers.0",)}, InvalidOption, "use one rank"),
         ({"tensor_parallel_size": 0}, InvalidOption, "at least 1"),
-        ({"tensor_parallel_size": 2, "model": "nowhere"}, InvalidModel, "no directory"),
+        ({"tensor_parallel_size": 2, "model": "nowhere"}, InvalidModel, "not a directory here"),
     ],
 )
 def test_what_cannot_be_cut_is_refused_at_once(
