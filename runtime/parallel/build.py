@@ -46,6 +46,11 @@ class ParallelWorker:
         """Sizes that every rank has."""
         return self.member.worker.spec
 
+    @property
+    def tier(self) -> str:
+        """What runs the steps of rank 0, and of the others alike."""
+        return self.member.worker.tier
+
     def run(self, batch: Batch) -> StepResult:
         """Run the step that ``batch`` holds.
 
