@@ -397,10 +397,19 @@ class Engine:
         sequence.drafts = []
         self.scheduler.trim(sequence)
 
-    def started(self, seconds: dict[str, float], artifact: str) -> None:
-        """Note how the start went, for `stats`: seconds by phase, and what the cache had."""
+    def started(
+        self, seconds: dict[str, float], artifact: str, passes: dict[str, tuple[int, float]]
+    ) -> None:
+        """Note how the start went, for `stats`.
+
+        Args:
+            seconds: by phase.
+            artifact: what the cache had; see `Stats`.
+            passes: rewrites and seconds of each, by name.
+        """
         self._stats.startup = seconds
         self._stats.artifact = artifact
+        self._stats.passes = passes
 
     def stats(self) -> Stats:
         """Numbers of this moment and totals; the object is reused by the next call."""

@@ -93,7 +93,10 @@ def make_engine(**values: Any) -> Engine:
         _say(line)
     took = time.perf_counter() - started
     phases["rest"] = took - (sum(phases.values()) - phases["start process"])
-    engine.started(dict(phases), "hit" if compilation.miss is None else compilation.miss.kind)
+    passes = {p["name"]: (p["rewrites"], p["seconds"])
+              for p in compilation.artifact.manifest["passes"]}  # fmt: skip
+    found = "hit" if compilation.miss is None else compilation.miss.kind
+    engine.started(dict(phases), found, passes)
     _say(f"engine ready after {took:.1f} s, {engine.worker.tier}")
     return engine
 

@@ -126,6 +126,7 @@ class Stats(msgspec.Struct, tag=True, kw_only=True):
         startup: seconds from the start of the engine's process to its being ready, by phase.
         artifact: ``hit`` if the cache had the artifact, else why not: ``absent``, ``damaged`` or
             ``changed``.
+        passes: of the compilation that made the artifact, by name: rewrites and seconds.
     """
 
     num_running: int = 0
@@ -149,6 +150,7 @@ class Stats(msgspec.Struct, tag=True, kw_only=True):
     tier: str = ""
     startup: dict[str, float] = msgspec.field(default_factory=dict)
     artifact: str = ""
+    passes: dict[str, tuple[int, float]] = msgspec.field(default_factory=dict)
 
 
 class Pong(msgspec.Struct, tag=True):

@@ -93,6 +93,7 @@ class EngineCollector(Collector):
             yield from self.speculation(stats)
         yield self.iterations(stats)
         yield from self.start(stats)
+        yield from self.passes(stats)
 
     def speculation(self, stats: Stats) -> Iterator[Metric]:
         """Drafted and accepted tokens, where something is drafted."""
@@ -139,6 +140,18 @@ class EngineCollector(Collector):
         for reason in ("absent", "damaged", "changed"):
             misses.add_metric([*self.values, reason], float(stats.artifact == reason))
         return tier, seconds, hits, misses
+
+    def passes(self, stats: Stats) -> Iterable[Metric]:
+        """What each pass of the compiler did when the artifact was made."""
+        labels = [*self.names, "pass"]
+        rewrites = GaugeMetricFamily(
+            "fxlm:pass_rewrites", "Places that the pass rewrote.", labels=labels
+        )
+        seconds = GaugeMetricFamily("fxlm:pass_seconds", "Seconds of the pass.", labels=labels)
+        for name, (count, took) in stats.passes.items():
+            rewrites.add_metric([*self.values, name], float(count))
+            seconds.add_metric([*self.values, name], took)
+        return rewrites, seconds
 
     def iterations(self, stats: Stats) -> Metric:
         """Tokens a step, as a histogram."""

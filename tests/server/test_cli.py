@@ -201,3 +201,20 @@ def test_banner() -> None:
     assert banner("m", None) == "Serving m."
     assert "Authorization" not in said
     assert "-H 'Authorization: Bearer KEY'" in banner("m", url, keyed=True)
+
+
+def test_explorer_commands_have_their_options() -> None:
+    args = cli.parse(["explain", "m", "--pass", "fuse_qkv", "--html", "r.html", "--layers", "2"])
+    assert (args.passes, args.html.name, args.layers) == (["fuse_qkv"], "r.html", 2)
+    args = cli.parse(["bisect", "m", "--tolerance", "0.1", "--output", "r.py"])
+    assert (args.tolerance, args.output.name) == (0.1, "r.py")
+    args = cli.parse(["diff", "a", "b", "--model", "m"])
+    assert (args.first.name, args.second.name, args.tolerance) == ("a", "b", 0.05)
+
+
+@pytest.mark.parametrize("name", ["explain", "verify", "bisect", "diff"])
+def test_explorer_commands_dispatch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fxlm.runtime.explain import commands
+
+    monkeypatch.setattr(commands, f"{name}_command", lambda args: 3)
+    assert cli.main([name, "m", *(["n"] if name == "diff" else [])]) == 3
