@@ -1,9 +1,16 @@
-"""Process start to first token, by phase: cold, from an artifact, and through the server.
+"""Process start to first token, by phase: compiled from nothing, from an artifact, by tiers.
 
-    python bench/startup.py [MODEL] [--runs 5] [--skip-cold]
+    python bench/startup.py [MODEL] [--second MODEL] [--runs 5] [--cases compile artifact ...]
 
-Each run is a process of its own. ``cold`` starts from empty caches (ours, Inductor's and the
-precompiled headers'); the others find the artifact. Seconds are wall time; medians of the runs.
+Each run is a process of its own; seconds are wall time, medians of the runs. The cases:
+
+    compile   from empty caches (ours, Inductor's, the headers') to a compiled artifact; then that
+              of the second model, if one is named, with what the first left in the caches
+    artifact  to the first token, in one process; weights are prepared and in the page cache
+    server    to the first token over HTTP
+    tiered    through the server from empty caches: to the first token, and to the compiled step
+    memory    peak resident memory of the artifact case, when weights are prepared (off: in memory,
+              first: into their file) and when they are mapped, in MB, against the bound
 """
 
 from __future__ import annotations
@@ -19,7 +26,8 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from common import print_table, write_results
@@ -40,7 +48,8 @@ from fxlm.runtime.request import Request
 from fxlm.runtime.sampling_params import SamplingParams
 t = mark("import fxlm", t)
 stages = {}
-options = EngineOptions(model=model, cache_dir=cache, max_model_len=1024, max_num_seqs=8)
+options = EngineOptions(model=model, cache_dir=cache, max_model_len=1024, max_num_seqs=8,
+                        prepared_weights=sys.argv[4])
 engine, plan, made = worker.build_engine(options, stages.__setitem__)
 now = time.time()
 for name, seconds in stages.items():
@@ -53,94 +62,185 @@ while engine.has_unfinished():
     engine.step()
 mark("first token", t)
 phases["total"] = time.time() - begun
-print(json.dumps({"cached": made.cached, "phases": phases}))
+lines = open("/proc/self/status").read().splitlines()
+peak = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+weights = plan.weights_bytes / 2**20
+memory = {"peak": peak, "weights": weights, "bound": 1.1 * weights + 700}
+print(json.dumps({"phases": phases, "memory": memory}))
 """
+
+# As above, but up to the artifact alone.
+COMPILE = """
+import json, sys, time
+model, cache, begun = sys.argv[1], sys.argv[2], float(sys.argv[3])
+phases = {"interpreter": time.time() - begun}
+t = time.time()
+import torch
+phases["import torch"] = time.time() - t
+t = time.time()
+from fxlm.runtime.compile import compile_for
+from fxlm.runtime.options import EngineOptions
+phases["import fxlm"] = time.time() - t
+made = compile_for(EngineOptions(model=model, cache_dir=cache), report=phases.__setitem__)
+total = time.time() - begun
+phases["rest"] = total - sum(phases.values())
+assert not made.cached
+print(json.dumps({"phases": {**phases, "total": total}}))
+"""
+
+
+CASES = ("compile", "artifact", "server", "tiered", "memory")
+Phases = dict[str, float]
 
 
 def main() -> None:
     """Parse the command line, measure, print, write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", nargs="?", default="bundled")
+    parser.add_argument("--second", help="a model to compile after the first")
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--skip-cold", action="store_true")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
+    parser.add_argument("--cache-dir", type=Path, help="with the artifact; made anew by default")
     parser.add_argument("--name", default="startup", help="of the result file")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="fxlm-startup-"))
     try:
-        results = measure(options.model, work, options.runs, options.skip_cold)
+        results = measure(options, work)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     for name, phases in results.items():
-        rows: list[dict[str, object]] = [{"phase": p, "seconds": s} for p, s in phases.items()]
-        print_table(rows, title=f"{options.model}: {name}")
-    chosen = {"model": Path(options.model).name, "runs": options.runs}
+        rows: list[dict[str, object]] = [{"phase": p, "value": s} for p, s in phases.items()]
+        print_table(rows, title=f"{Path(options.model).name}: {name}")
+    second = Path(options.second).name if options.second else None
+    chosen = {"model": Path(options.model).name, "second": second, "runs": options.runs}
     print(write_results(options.name, results, options=chosen, output=options.output))
 
 
-def measure(model: str, work: Path, runs: int, skip_cold: bool) -> dict[str, dict[str, float]]:
+def measure(options: argparse.Namespace, work: Path) -> dict[str, Phases]:
     """Seconds by phase for each way of starting."""
-    cache = work / "cache"
-    results = {}
-    if not skip_cold:
-        results["cold, one process"] = _child(model, cache, _empty_caches(work))
-    else:
-        _child(model, cache, dict(os.environ))
-    warm = [_child(model, cache, dict(os.environ)) for _ in range(runs)]
-    results["artifact, one process"] = _median(warm)
-    results["artifact, server"] = _median([_server(model, cache) for _ in range(runs)])
+    results: dict[str, Phases] = {}
+    if "compile" in options.cases:
+        runs = [compile_twice(options, work / f"empty{run}") for run in range(options.runs)]
+        for case in runs[0]:
+            results[case] = _median([run[case] for run in runs])
+    cache = options.cache_dir or work / "cache"
+    model, runs_of = options.model, range(options.runs)
+    if set(options.cases) & {"artifact", "server", "memory"}:
+        _child(CHILD, model, cache, dict(os.environ), "auto")
+    if "artifact" in options.cases:
+        warm = [_child(CHILD, model, cache, dict(os.environ), "auto")["phases"] for _ in runs_of]
+        results["artifact, one process"] = _median(warm)
+    if "server" in options.cases:
+        results["artifact, server"] = _median([_server(model, cache) for _ in runs_of])
+    if "tiered" in options.cases:
+        results["tiered, server"] = _tiered(model, work / "tiered")
+    if "memory" in options.cases:
+        results |= _memory(model, cache)
     return results
 
 
-def _empty_caches(work: Path) -> dict[str, str]:
+def compile_twice(options: argparse.Namespace, empty: Path) -> dict[str, Phases]:
+    """Compile the first model from empty caches, then the second."""
+    environment, cache = _empty_caches(empty), empty / "cache"
+    found = {"compile from nothing": _child(COMPILE, options.model, cache, environment)["phases"]}
+    if options.second:
+        second = _child(COMPILE, options.second, cache, environment)["phases"]
+        found["compile a second model"] = second
+    shutil.rmtree(empty)
+    return found
+
+
+def _memory(model: str, cache: Path) -> dict[str, Phases]:
+    """Peaks: prepared in memory, prepared into the file, mapped from it."""
+    found = {}
+    for name, choice in (("in memory", "off"), ("mapped", "auto"), ("into the file", "auto")):
+        if name == "into the file":
+            shutil.rmtree(cache / "weights", ignore_errors=True)
+        run = _child(CHILD, model, cache, dict(os.environ), choice)
+        found[f"memory, {name}"] = run["memory"]
+    return found
+
+
+def _empty_caches(empty: Path) -> dict[str, str]:
     """An environment in which nothing is compiled yet, apart from fxlm's own C++ ops."""
-    empty = work / "empty"
     empty.mkdir()
     # Inductor keeps its precompiled headers under the temporary directory.
     return {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(empty / "inductor"), "TMPDIR": str(empty)}
 
 
-def _child(model: str, cache: Path, environment: Mapping[str, str]) -> dict[str, float]:
+def _child(
+    code: str, model: str, cache: Path, environment: Mapping[str, str], *extra: str
+) -> dict[str, Phases]:
     begun = time.time()
     run = subprocess.run(
-        [sys.executable, "-c", CHILD, model, str(cache), str(begun)],
+        [sys.executable, "-c", code, model, str(cache), str(begun), *extra],
         capture_output=True, text=True, check=True, env=dict(environment),
     )  # fmt: skip
-    found: dict[str, float] = json.loads(run.stdout.splitlines()[-1])["phases"]
+    found: dict[str, Phases] = json.loads(run.stdout.splitlines()[-1])
     return found
 
 
-def _server(model: str, cache: Path) -> dict[str, float]:
-    begun = time.time()
-    command = [
+def _command(model: str, cache: Path) -> list[str]:
+    return [
         sys.executable, "-m", "fxlm", "serve", model, "--port", "0", "--cache-dir", str(cache),
         "--max-model-len", "1024", "--max-num-seqs", "8",
     ]  # fmt: skip
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as process:
-        assert process.stdout is not None
-        url = ""
-        for line in process.stdout:
-            found = re.search(r"on (http://\S+)", line)
-            if found:
-                url = found[1]
-                break
+
+
+def _server(model: str, cache: Path) -> Phases:
+    """Seconds to being ready, and of the first token."""
+    with _serving(_command(model, cache), dict(os.environ)) as (url, begun):
         ready = time.time()
-        assert url, f"the server ended with status {process.wait()}"
-        body = json.dumps({"model": model, "prompt": [5, 6, 7, 8], "max_tokens": 1})
-        request = urllib.request.Request(
-            f"{url}/v1/completions", body.encode(), {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=60) as reply:
-            reply.read()
+        _first_token(url, model)
         done = time.time()
-        process.terminate()
-        process.wait(timeout=60)
     return {"ready": ready - begun, "first token": done - ready, "total": done - begun}
 
 
-def _median(runs: list[dict[str, float]]) -> dict[str, float]:
+def _tiered(model: str, empty: Path) -> Phases:
+    """Seconds until the graph serves, and until the compiled step does."""
+    with _serving(_command(model, empty / "cache"), _empty_caches(empty)) as (url, begun):
+        ready = time.time()
+        _first_token(url, model)
+        first = time.time()
+        while 'tier="compiled"} 1.0' not in _get(f"{url}/metrics"):
+            time.sleep(0.05)
+        compiled = time.time()
+    return {"ready": ready - begun, "first token": first - begun, "compiled": compiled - begun}
+
+
+@contextmanager
+def _serving(command: list[str], environment: dict[str, str]) -> Iterator[tuple[str, float]]:
+    """A server: its URL, and when its process was started."""
+    begun = time.time()
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+    ) as process:
+        assert process.stdout is not None
+        lines = (re.search(r"on (http://\S+)", line) for line in process.stdout)
+        url = next((found[1] for found in lines if found), "")
+        assert url, f"the server ended with status {process.wait()}"
+        yield url, begun
+        process.terminate()
+        process.wait(timeout=60)
+
+
+def _first_token(url: str, model: str) -> None:
+    body = json.dumps({"model": model, "prompt": [5, 6, 7, 8], "max_tokens": 1})
+    request = urllib.request.Request(
+        f"{url}/v1/completions", body.encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as reply:
+        reply.read()
+
+
+def _get(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=60) as reply:
+        text: str = reply.read().decode()
+    return text
+
+
+def _median(runs: list[Phases]) -> Phases:
     return {phase: statistics.median(run[phase] for run in runs) for phase in runs[0]}
 
 
