@@ -69,6 +69,7 @@ class Batch:
     Attributes:
         sizes: of the step that it holds now.
         wants_logprobs: whether a row of it asks for log-probabilities.
+        points: tensors of steering, if the graph takes them.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Batch:
         self.spec = spec
         self.sizes = Sizes()
         self.wants_logprobs = False
+        self.points: dict[str, torch.Tensor] = {}
         self._pin = pin_memory
         self._tensors: dict[str, torch.Tensor] = {}
         tokens, seqs, rows = spec.max_num_batched_tokens, spec.max_num_seqs, spec.max_rows
@@ -124,7 +126,7 @@ class Batch:
         """The inputs of the step by name, as in the table above: views, valid until `fill`."""
         sizes, full = self.sizes, self._tensors
         tokens, seqs, rows, entries = sizes.tokens, sizes.sequences, sizes.rows, sizes.adjusts
-        inputs = {
+        inputs = self.points | {
             "input_ids": full["input_ids"][:tokens].view(1, tokens),
             "position_ids": full["position_ids"][:tokens].view(1, tokens),
             "slot_mapping": full["slot_mapping"][:tokens],

@@ -22,6 +22,7 @@ from fxlm.runtime.messages import (
     Stats,
     TokenLogprob,
 )
+from fxlm.runtime.points import Points
 from fxlm.runtime.request import Request
 from fxlm.runtime.scheduler import Chunk, Plan, Policy, Scheduler
 from fxlm.runtime.sequence import Sequence, Status
@@ -79,6 +80,7 @@ class Engine:
         self.alarm = alarm
         assert speculator is None or self.spec.max_drafts, "the graph verifies nothing"
         self.batch = Batch(self.spec)
+        self.points = Points(self.spec)
         self.scheduler = Scheduler(
             self.spec,
             enable_prefix_caching=self.config.enable_prefix_caching,
@@ -106,6 +108,7 @@ class Engine:
         if self.trouble() is not None:
             raise EngineDead(self.dead)
         request.verify(self.spec.vocab_size, self.spec.max_model_len)
+        request = self.points.admit(request)
         if request.request_id in self._live:
             raise InvalidRequest(f"request id {request.request_id!r} is in use", "request_id")
         sequence = Sequence(
@@ -239,6 +242,7 @@ class Engine:
         if self.speculator is not None:
             self.speculator.start()
         self.batch.fill(plan)
+        self.batch.points = self.points.fill(plan)
         if plan.copies:
             self.worker.copy_blocks(plan.copies)
         result = self.worker.run(self.batch)
@@ -256,6 +260,9 @@ class Engine:
             count = 1 if accepted is None else accepted[group]
             output = self._append(sequence, row, count, result)
             added = len(output.token_ids)
+            if sequence.params.taps:
+                self.points.keep(sequence, result, row, added)
+                self.points.give(sequence, output)
             sequence.num_computed += added
             end = sequence.num_computed
             if end % block_size < added:  # a block is full
@@ -267,8 +274,12 @@ class Engine:
             if output.finish_reason is not None:
                 self._close(sequence, output)
             outputs.append(output)
+        token = row
         for chunk in plan.chunks:
+            if chunk.sequence.params.taps:
+                self.points.keep(chunk.sequence, result, token, chunk.num_tokens)
             row = self._commit_chunk(chunk, row, result, outputs)
+            token += chunk.num_tokens
         assert max(row, 1) == len(result.token_ids), (row, len(result.token_ids))
 
     def _commit_chunk(
@@ -286,6 +297,8 @@ class Engine:
             row += chunk.num_scores
         for draw in chunk.draws:
             output = self._append(draw, row, 1, result)
+            if draw.params.taps:
+                self.points.give(draw, output)
             if output.finish_reason is not None:
                 self._close(draw, output)
             outputs.append(output)

@@ -110,6 +110,8 @@ def plan_memory(
         num_blocks=num_blocks, block_size=block, max_num_batched_tokens=batched,
         max_num_seqs=options.max_num_seqs, max_model_len=longest,
         vocab_size=int(model["vocab_size"]), max_drafts=drafted,
+        taps={name: tuple(row) for name, row in artifact.manifest.get("taps", ())},
+        steered=dict(artifact.manifest.get("steered", ())),
     )  # fmt: skip
     reasons = (
         *_draft_reasons(options, draft),

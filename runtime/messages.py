@@ -17,6 +17,28 @@ TokenLogprob = tuple[int, float, int]  # token id, log-probability, rank (1 = mo
 ITERATION_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
+class Tapped(msgspec.Struct):
+    """Rows of a tap: float32, little endian, of this shape."""
+
+    shape: list[int]
+    data: bytes
+
+    def followed_by(self, later: "Tapped") -> "Tapped":
+        """Both, one after the other."""
+        shape = [self.shape[0] + later.shape[0], *self.shape[1:]]
+        return Tapped(shape, self.data + later.data)
+
+
+Taps = dict[str, Tapped]
+
+
+def joined(taps: Taps | None, later: Taps | None) -> Taps | None:
+    """The rows of each point, those of ``later`` behind; None where there are none."""
+    if not taps or not later:
+        return taps or later
+    return {name: taps[name].followed_by(rows) for name, rows in later.items()}
+
+
 class Output(msgspec.Struct, kw_only=True, omit_defaults=True):
     """News of one completion of one request.
 
@@ -27,6 +49,7 @@ class Output(msgspec.Struct, kw_only=True, omit_defaults=True):
             not asked for.
         prompt_logprobs: once, with index 0: per prompt token from the second on, the prompt
             token first, then the top ones.
+        taps: rows of each tapped point that came since the last `Output`.
         finish_reason: None while it goes on.
         stop_reason: the stop token's id; None for the end-of-sequence token.
         message: what went wrong, when ``finish_reason`` is "error".
@@ -40,6 +63,7 @@ class Output(msgspec.Struct, kw_only=True, omit_defaults=True):
     token_ids: list[int] = msgspec.field(default_factory=list)
     logprobs: list[list[TokenLogprob]] | None = None
     prompt_logprobs: list[list[TokenLogprob]] | None = None
+    taps: Taps | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None
     message: str = ""

@@ -8,8 +8,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
+
 from fxlm.runtime.detokenize import Detokenizer, StopStrings, Tokenizer
-from fxlm.runtime.messages import FinishReason, Output, TokenLogprob
+from fxlm.runtime.messages import FinishReason, Output, Tapped, TokenLogprob
 from fxlm.runtime.request import Request
 
 OutputKind = Literal["cumulative", "delta", "final"]
@@ -42,6 +45,8 @@ class CompletionOutput:
         finish_reason: None while it goes on.
         stop_reason: the stop string or token id that ended it.
         message: what went wrong, when ``finish_reason`` is "error".
+        taps: float32 [rows, ...] of each point asked for: a row a token of ``token_ids``, and
+            with ``tap_prompt`` those of the prompt before them.
     """
 
     index: int
@@ -52,6 +57,7 @@ class CompletionOutput:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     message: str = ""
+    taps: dict[str, npt.NDArray[np.float32]] | None = None
 
     @property
     def finished(self) -> bool:
@@ -236,11 +242,14 @@ class _Completion:
                 request.prompt_token_ids,
                 skip_special_tokens=params.skip_special_tokens,
             )
+        self._taps: dict[str, list[npt.NDArray[np.float32]]] = {}
         self._num_text_given = 0
         self._num_tokens_given = 0
 
     def take(self, output: Output) -> bool:
         """Add an engine output; True if a stop string ended it (the engine does not know)."""
+        for name, tapped in (output.taps or {}).items():
+            self._taps.setdefault(name, []).append(rows_of(tapped))
         for number, token in enumerate(output.token_ids):
             last = number == len(output.token_ids) - 1
             self.token_ids.append(token)
@@ -292,6 +301,9 @@ class _Completion:
         text_from, token_from = (self._num_text_given, self._num_tokens_given) if delta else (0, 0)
         if delta:
             self._num_text_given, self._num_tokens_given = end, len(self.token_ids)
+        taps = {name: np.concatenate(rows) for name, rows in self._taps.items()}
+        if delta:
+            self._taps = {}
         return CompletionOutput(
             index=self.index,
             text=self.text[text_from:end],
@@ -301,7 +313,13 @@ class _Completion:
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
             message=self.message,
+            taps=taps or None,
         )
+
+
+def rows_of(tapped: Tapped) -> npt.NDArray[np.float32]:
+    """The array of a message."""
+    return np.frombuffer(tapped.data, np.dtype("<f4")).reshape(tapped.shape)
 
 
 def name_logprobs(tokenizer: Tokenizer | None, found: Sequence[TokenLogprob]) -> TokenLogprobs:

@@ -39,6 +39,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         min_tokens: end and stop tokens cannot be drawn before that many.
         logprobs: top log-probabilities to return per output token, 0..20.
         prompt_logprobs: the same for each token of the prompt.
+        taps: points whose hidden states to return (`--tap`), a row a token.
+        tap_prompt: begin with the first token of the prompt, not the last.
+        steer: vectors to add to the hidden states of points (`--steer`), by point.
         detokenize: False leaves the text empty.
         skip_special_tokens: leave special tokens out of the text.
         include_stop_str_in_output: keep the stop string (or token) in the text.
@@ -63,6 +66,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     min_tokens: int = 0
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    taps: list[str] | None = None
+    tap_prompt: bool = False
+    steer: dict[str, list[float]] | None = None
     detokenize: bool = True
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False

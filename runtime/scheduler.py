@@ -385,10 +385,13 @@ class Scheduler:
     def _match(self, sequence: Sequence) -> list[int]:
         """Blocks of the longest cached prefix; at least one token is left to run.
 
-        Prompt tokens that still need their log-probability are not skipped.
+        Prompt tokens that still need their log-probability or their taps are not skipped.
         """
         found: list[int] = []
-        if not self.pool.enable_caching or sequence.num_scored < sequence.num_prompt:
+        told = sequence.num_scored >= sequence.num_prompt and (
+            not sequence.params.taps or sequence.num_tapped >= sequence.num_prompt - 1
+        )
+        if not self.pool.enable_caching or not told:
             return found
         for number in range((len(sequence.token_ids) - 1) // self.spec.block_size):
             block = self.pool.find(self._digest(sequence, number))

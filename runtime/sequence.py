@@ -7,6 +7,9 @@ import enum
 import hashlib
 import struct
 
+import numpy as np
+import numpy.typing as npt
+
 from fxlm.runtime.adjust import Adjust, adjusts
 from fxlm.runtime.request import Request
 
@@ -30,6 +33,8 @@ class Sequence:
         num_scored: leading prompt tokens that have their log-probability (the first needs none).
         blocks: physical blocks, in order; their number times the block size >= ``num_computed``.
         digests: digests of the leading full blocks known so far; outlive preemption.
+        num_tapped: leading positions whose hidden states were told, or need not be.
+        tapped: rows of taps to be told with the next token.
         num_tabled: leading entries of ``blocks`` that the batch has in its table.
         slot: row of the batch's cached tables; `NO_SLOT` unless running.
         stop_ids: token that ends the output -> stop reason reported.
@@ -54,6 +59,7 @@ class Sequence:
         "num_prompt",
         "num_scored",
         "num_tabled",
+        "num_tapped",
         "order",
         "params",
         "prompt_logprobs",
@@ -63,6 +69,7 @@ class Sequence:
         "slot",
         "status",
         "stop_ids",
+        "tapped",
         "token_ids",
         "wants_logprobs",
     )
@@ -91,6 +98,8 @@ class Sequence:
         self.digests: list[bytes] = []
         self.num_tabled = 0
         self.prompt_logprobs: list[list[tuple[int, float, int]]] = []
+        self.num_tapped = 0 if params.tap_prompt else self.num_prompt - 1
+        self.tapped: dict[str, list[npt.NDArray[np.float32]]] = {}
         self.wants_logprobs = params.logprobs is not None
         self.stop_ids = _stop_ids(request)
         limit = max_model_len if params.max_tokens is None else self.num_prompt + params.max_tokens

@@ -5,11 +5,12 @@ Here: the `Worker` protocol and its data. Not here: a worker (``worker``), the t
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 if TYPE_CHECKING:
     from fxlm.runtime.batch import Batch
@@ -36,6 +37,8 @@ class WorkerSpec:
         max_score_rows: most rows a step may spend on prompt log-probabilities.
         max_drafts: most drafted tokens of a sequence that a step verifies; 0: the graph has no
             verification.
+        taps: points that requests may tap, and the shape of a token's row there.
+        steered: points that requests may steer, and the size of a vector there.
     """
 
     num_blocks: int
@@ -46,6 +49,8 @@ class WorkerSpec:
     vocab_size: int
     max_score_rows: int = DEFAULT_SCORE_ROWS
     max_drafts: int = 0
+    taps: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    steered: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         assert self.num_blocks >= 2, self
@@ -81,6 +86,7 @@ class StepResult:
         ranks: int64 [R], rank of the token of the row, 1 = most likely.
         num_accepted: tokens to keep of each group of rows, in order of ``draw_start``; None if
             the graph has no verification: then each group is one row.
+        taps: [T,...] of each tapped point, a row a token of the step.
     """
 
     token_ids: list[int]
@@ -88,6 +94,7 @@ class StepResult:
     logprob_ids: npt.NDArray[np.int64] | None = None
     ranks: npt.NDArray[np.int64] | None = None
     num_accepted: Sequence[int] | None = None
+    taps: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 class Worker(Protocol):

@@ -107,6 +107,9 @@ class ModelWorker:
         result = StepResult(token_ids=ids.tolist())
         if self._spec.max_drafts:
             result.num_accepted = more[0].tolist()
+        result.taps = dict(
+            zip(self._spec.taps, more[len(more) - len(self._spec.taps) :], strict=True)
+        )
         if batch.wants_logprobs:
             result.logprobs = logprobs.cpu().numpy()
             result.logprob_ids = logprob_ids.cpu().numpy()

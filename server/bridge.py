@@ -17,7 +17,7 @@ from typing import Literal, ParamSpec, Protocol, TypeVar
 import msgspec
 
 from fxlm.compiler.errors import EngineDead
-from fxlm.runtime.messages import Output, Stats, TokenLogprob
+from fxlm.runtime.messages import Output, Stats, Taps, TokenLogprob, joined
 from fxlm.runtime.outputs import OutputProcessor
 from fxlm.runtime.request import Request
 from fxlm.runtime.sampling_params import SamplingParams
@@ -91,6 +91,7 @@ class Delta:
         logprobs: a row for each of them: the drawn token first, then the top ones.
         finish_reason: None while it goes on.
         stop_reason: the stop string or stop token that ended it.
+        taps: rows of the points that were asked for.
     """
 
     prompt: int
@@ -100,10 +101,12 @@ class Delta:
     logprobs: list[list[TokenLogprob]] | None = None
     finish_reason: Literal["stop", "length"] | None = None
     stop_reason: int | str | None = None
+    taps: Taps | None = None
 
     def add(self, later: "Delta") -> None:
         """Append what came later of the same completion."""
         self.text += later.text
+        self.taps = joined(self.taps, later.taps)
         self.token_ids = self.token_ids + later.token_ids
         if later.logprobs is not None:
             self.logprobs = (self.logprobs or []) + later.logprobs
@@ -352,6 +355,7 @@ class Run:
             logprobs=None if rows is None else rows[: len(found.token_ids)],
             finish_reason=found.finish_reason,
             stop_reason=found.stop_reason,
+            taps=output.taps,
         )
 
     def note_times(self, output: Output) -> None:

@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from fxlm.compiler.errors import InvalidRequest
+from fxlm.runtime.messages import Taps, joined
 from fxlm.runtime.sampling_params import SamplingParams
 from fxlm.server.auth import tenant_of
 from fxlm.server.bridge import LONG_TEXT, Delta, Generation, Job, off_loop
@@ -150,6 +151,7 @@ class Answer:
 
     text: list[str] = field(default_factory=list)
     logprobs: list[Any] = field(default_factory=list)
+    taps: Taps | None = None
     num_tokens: int = 0
     last: Delta | None = None
 
@@ -172,6 +174,7 @@ class ChatWriter:
                 answer = answers[delta.index]
                 answer.text.append(delta.text)
                 answer.logprobs += self.logprobs_of(delta)
+                answer.taps = joined(answer.taps, delta.taps)
                 answer.last = delta
         return ChatReply(
             id=f"chatcmpl-{self.generation.id}",
@@ -191,6 +194,7 @@ class ChatWriter:
             logprobs=ChoiceLogprobs(content=answer.logprobs) if self.body.logprobs else None,
             finish_reason=answer.last.finish_reason,
             stop_reason=answer.last.stop_reason,
+            taps=answer.taps or msgspec.UNSET,
         )
 
     async def events(self) -> AsyncGenerator[bytes, None]:
@@ -203,9 +207,13 @@ class ChatWriter:
                     for index in range(self.generation.num_choices):
                         yield self.chunk(index, ChatDelta(role="assistant", content=""))
                 found = self.logprobs_of(delta)
-                if delta.text or found:
-                    logprobs = ChoiceLogprobs(content=found) if found else None
-                    yield self.chunk(delta.index, ChatDelta(content=delta.text), logprobs=logprobs)
+                if delta.text or found or delta.taps:
+                    yield self.chunk(
+                        delta.index,
+                        ChatDelta(content=delta.text),
+                        logprobs=ChoiceLogprobs(content=found) if found else None,
+                        taps=delta.taps or msgspec.UNSET,
+                    )
                 if delta.finish_reason is not None:
                     yield self.chunk(
                         delta.index,

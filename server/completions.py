@@ -14,7 +14,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from fxlm.runtime.messages import TokenLogprob
+from fxlm.runtime.messages import Taps, TokenLogprob, joined
 from fxlm.runtime.sampling_params import SamplingParams
 from fxlm.server.auth import tenant_of
 from fxlm.server.bridge import Delta, Generation, Job, off_loop
@@ -170,6 +170,7 @@ class Answer:
     text: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[list[TokenLogprob] | None] = field(default_factory=list)
+    taps: Taps | None = None
     last: Delta | None = None
 
 
@@ -206,6 +207,7 @@ class CompletionWriter:
                     answer.text.append(delta.text)
                     answer.token_ids += delta.token_ids
                     answer.logprobs += delta.logprobs or []
+                    answer.taps = joined(answer.taps, delta.taps)
         choices = [self.choice(number, answer) for number, answer in enumerate(answers)]
         return self.envelope(choices, self.usage())
 
@@ -220,6 +222,7 @@ class CompletionWriter:
             logprobs=self.logprobs(number // self.n, answer),
             finish_reason="length" if self.is_echo_only else answer.last.finish_reason,
             stop_reason=None if self.is_echo_only else answer.last.stop_reason,
+            taps=answer.taps or msgspec.UNSET,
         )
         if self.body.prompt_logprobs is not None:
             made.prompt_logprobs = self.prompt_logprobs(number // self.n)
@@ -278,9 +281,10 @@ class CompletionWriter:
                 delta.token_ids, delta.logprobs or [], self.body.logprobs, offsets[number]
             )
             offsets[number] += sum(map(len, logprobs.tokens))
-        if not text and logprobs is None and delta.finish_reason is None:
+        if not text and logprobs is None and not delta.taps and delta.finish_reason is None:
             return None
-        made = CompletionChoice(index=number, text=text, logprobs=logprobs)
+        taps = delta.taps or msgspec.UNSET
+        made = CompletionChoice(index=number, text=text, logprobs=logprobs, taps=taps)
         if delta.finish_reason is not None:
             made.finish_reason = "length" if self.is_echo_only else delta.finish_reason
             made.stop_reason = None if self.is_echo_only else delta.stop_reason

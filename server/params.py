@@ -44,6 +44,9 @@ def common_params(body: Sampling, served: ServedModel, limits: Limits) -> Sampli
         min_tokens=body.min_tokens or 0,
         logit_bias=body.logit_bias or None,
         ignore_eos=bool(body.ignore_eos),
+        taps=body.taps or None,
+        tap_prompt=bool(body.tap_prompt),
+        steer=body.steer or None,
         skip_special_tokens=body.skip_special_tokens is not False,
         include_stop_str_in_output=bool(body.include_stop_str_in_output),
     )

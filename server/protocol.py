@@ -129,6 +129,9 @@ class Sampling(Unsupported, kw_only=True, forbid_unknown_fields=True):
     add_special_tokens: bool | None = None
     cache_salt: str | None = None
     priority: Small | None = None
+    taps: list[str] | None = None
+    tap_prompt: bool | None = None
+    steer: dict[str, list[float]] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 

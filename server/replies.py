@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from fxlm.runtime.messages import Taps  # their bytes are base64 in JSON
+
 FinishReason = Literal["stop", "length"]
 
 
@@ -75,6 +77,7 @@ class ChatChoice(msgspec.Struct, kw_only=True):
     logprobs: ChoiceLogprobs | None
     finish_reason: FinishReason
     stop_reason: int | str | None
+    taps: Taps | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatReply(msgspec.Struct, kw_only=True):
@@ -103,6 +106,7 @@ class ChatChunkChoice(msgspec.Struct, kw_only=True):
     logprobs: ChoiceLogprobs | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | msgspec.UnsetType | None = msgspec.UNSET
+    taps: Taps | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatChunk(msgspec.Struct, kw_only=True):
@@ -145,6 +149,7 @@ class CompletionChoice(msgspec.Struct, kw_only=True):
     finish_reason: FinishReason | None = None
     stop_reason: int | str | msgspec.UnsetType | None = msgspec.UNSET
     prompt_logprobs: PromptLogprobs | msgspec.UnsetType = msgspec.UNSET
+    taps: Taps | msgspec.UnsetType = msgspec.UNSET
 
 
 class CompletionReply(msgspec.Struct, kw_only=True):

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import base64
 import re
 import signal
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Any
 
-import httpx
+import httpx2 as httpx
 import pytest
-from openai import OpenAI
+from openai import BadRequestError, OpenAI
 
 COMMAND = (
     sys.executable, "-m", "fxlm", "serve", "bundled-draft", "--enforce-eager", "--port", "0",
     "--dtype", "float32", "--max-num-seqs", "8", "--shutdown-timeout", "2",
+    "--tap", "model.layers.0", "--steer", "model.layers.0",
 )  # fmt: skip
 
 
@@ -118,3 +122,40 @@ def test_drafts_change_nothing_but_the_metrics(client: OpenAI) -> None:
     accepted = re.search(r"vllm:spec_decode_num_accepted_tokens_total\{.*\} (.+)", metrics)
     assert accepted is not None
     assert float(accepted[1]) > 0
+
+
+def test_taps_and_steering_over_the_api(client: OpenAI) -> None:
+    point = "model.layers.0"
+    options = {"model": "bundled-draft", "prompt": "import os", "max_tokens": 3, "temperature": 0}
+    whole = client.completions.create(**options, extra_body={"taps": [point], "ignore_eos": True})
+    (choice,) = whole.choices
+    assert choice.model_extra is not None
+    rows = tap_of(choice.model_extra["taps"][point])
+    assert len(rows) == 3
+    stream = client.completions.create(
+        **options, stream=True, extra_body={"taps": [point], "ignore_eos": True}
+    )
+    parts = [c.choices[0].model_extra or {} for c in stream if c.choices]
+    found = [row for part in parts if "taps" in part for row in tap_of(part["taps"][point])]
+    assert found == rows
+    steered = client.completions.create(
+        **options,
+        extra_body={"taps": [point], "steer": {point: [1.0] * len(rows[0])}, "ignore_eos": True},
+    )
+    assert steered.choices[0].model_extra is not None
+    moved = tap_of(steered.choices[0].model_extra["taps"][point])
+    assert all(abs(new - old - 1.0) < 1e-3 for new, old in zip(moved[0], rows[0], strict=True))
+
+
+def test_an_unknown_point_is_a_400_that_names_it(client: OpenAI) -> None:
+    with pytest.raises(BadRequestError, match=r"taps has no point 'nowhere'") as error:
+        client.completions.create(
+            model="bundled-draft", prompt="import os", extra_body={"taps": ["nowhere"]}
+        )
+    assert error.value.param == "taps"
+
+
+def tap_of(tapped: dict[str, Any]) -> list[tuple[float, ...]]:
+    """Rows of a tap in a JSON reply."""
+    data, (_, size) = base64.b64decode(tapped["data"]), tapped["shape"]
+    return list(struct.iter_unpack(f"<{size}f", data))
