@@ -26,6 +26,7 @@ from fxlm.runtime.parallel.messages import (
     Loaded,
     Planned,
     merged_spec,
+    spec_of,
     spec_values,
 )
 from fxlm.runtime.parallel.place import place_of
@@ -91,7 +92,7 @@ def build_parallel(
         ranks.pids = {p.rank: p.pid for p in planned}
         sizes = merged_spec([spec_values(plan.spec), *(p.spec for p in planned)])
         ranks.send(Load(sizes))
-        member.load(WorkerSpec(**sizes))
+        member.load(spec_of(sizes))
         ranks.collect(Loaded)
         ranks.send(Join())
         member.join(store)

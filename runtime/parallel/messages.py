@@ -152,7 +152,14 @@ def merged_spec(specs: Sequence[Mapping[str, int]]) -> dict[str, int]:
 
 
 def spec_values(spec: WorkerSpec) -> dict[str, int]:
-    """A `WorkerSpec` as plain values."""
+    """The sizes of a `WorkerSpec`; points, which one rank alone can have, are left out."""
     import dataclasses
 
-    return dict(dataclasses.asdict(spec))
+    every = dataclasses.asdict(spec)
+    return {name: value for name, value in every.items() if isinstance(value, int)}
+
+
+def spec_of(values: Mapping[str, int]) -> WorkerSpec:
+    """The `WorkerSpec` of these sizes."""
+    sizes: dict[str, Any] = dict(values)
+    return WorkerSpec(**sizes)

@@ -35,11 +35,11 @@ from fxlm.runtime.parallel.messages import (
     Pulse,
     RankSpec,
     Run,
+    spec_of,
     spec_values,
     unpack,
 )
 from fxlm.runtime.parallel.place import place_of
-from fxlm.runtime.step import WorkerSpec
 
 EXIT_FATAL = 1
 PULSE_S = 1.0
@@ -81,7 +81,7 @@ def _loop(context: zmq.Context[zmq.Socket[bytes]], spec: RankSpec, teller: Telle
                 plan = member.plan(compile_for(options, rank=spec.rank))
                 teller.tell(Planned(spec.rank, os.getpid(), spec_values(plan.spec)))
             case Load(sizes):
-                member.load(WorkerSpec(**sizes))
+                member.load(spec_of(sizes))
                 teller.tell(Loaded(spec.rank))
             case Join():
                 member.join(spec.store, spec.host)
