@@ -10,7 +10,7 @@ from fxlm.compiler import pipeline
 from fxlm.compiler.capture import capture
 from fxlm.compiler.errors import UnsupportedModel
 from fxlm.compiler.hoist import hoist
-from fxlm.passes.column import COLUMN
+from tests.passes.options import plain_column
 from tests.programs import IDS, captured, facts, run_dense, tiny_model
 
 
@@ -36,7 +36,7 @@ def test_nothing_assumes_the_cpu(model_type: str) -> None:
     # No build for another device is at hand; the meta device stands for it: an op that mixed
     # it with the CPU would fail while tracing.
     program = capture(tiny_model(model_type), facts(model_type, device="meta"))
-    cut = hoist(pipeline.run(program, COLUMN[1:]))
+    cut = hoist(pipeline.run(program, plain_column()))
     for node in [*cut.step.nodes, *cut.load.nodes]:
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor):

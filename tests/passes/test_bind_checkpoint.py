@@ -13,7 +13,7 @@ from fxlm.compiler.errors import PassError
 from fxlm.compiler.hoist import hoist
 from fxlm.compiler.program import Program
 from fxlm.passes.bind_checkpoint import bind_checkpoint
-from fxlm.passes.column import COLUMN
+from tests.passes.options import plain_column
 from tests.programs import captured
 
 Types = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -67,7 +67,7 @@ def test_stacking_becomes_graph_code_that_runs_while_loading() -> None:
         return {**given, name: both}
 
     bind(program, raw, convert)
-    pipeline.run(program, COLUMN[1:])
+    pipeline.run(program, plain_column())
     assert any(n.target is torch.ops.aten.cat.default for n in hoist(program).load.nodes)
 
 

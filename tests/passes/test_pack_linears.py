@@ -12,10 +12,11 @@ from fxlm.compiler.hoist import hoist
 from fxlm.compiler.pipeline import graph_pass
 from fxlm.compiler.program import Program
 from fxlm.passes.cleanup import cleanup
-from fxlm.passes.column import COLUMN, default_column
+from fxlm.passes.column import default_column
 from fxlm.passes.fuse_gate_up import fuse_gate_up
 from fxlm.passes.fuse_qkv import fuse_qkv
 from fxlm.passes.pack_linears import pack_linears
+from tests.passes.options import plain_column
 from tests.programs import IDS, captured, run_dense
 
 aten = torch.ops.aten
@@ -73,9 +74,7 @@ def test_equals(model_type: str, tied: bool) -> None:
 
 
 def test_packing_happens_while_loading_and_nothing_is_held_twice() -> None:
-    asked_for = ("bind_checkpoint", "quantize", "steer", "tap")
-    passes = [item for item in COLUMN if item.name not in asked_for]
-    program = pipeline.run(captured(tie_word_embeddings=True), passes)
+    program = pipeline.run(captured(tie_word_embeddings=True), plain_column())
     cut = hoist(program)
     assert len([n for n in cut.load.nodes if n.target is fxlm.pack_weight.default]) == 9
     assert not [n for n in cut.step.nodes if n.target is fxlm.pack_weight.default]
