@@ -1,19 +1,20 @@
-"""Bisect: the first pass of the column after which the model says something else, and where.
+"""Bisect: the pass of the column after which the model says something else, and where.
 
-Prefixes of the column are run against the float32 oracle and against the prefix before. Of the
-first that deviates, the values of nodes which both graphs have tell the layer and the node. If no
-pass is guilty, the compiled regions are held against the interpreted ones. Not here: the script
-that shows the fault alone (`repro`).
+If the whole column deviates from the captured graph, prefixes of it are run, each time up to the
+middle of what is left, in the mode that showed it. Of the first that deviates, the values of nodes
+that both graphs have then tell the layer and the node. Not here: the script that shows the fault
+alone (`repro`), faults of compiled code (`verify`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from fxlm.compiler.errors import PassError
 from fxlm.compiler.options import CompileOptions
 from fxlm.compiler.outline import layer_numbers
 from fxlm.compiler.program import module_path
@@ -25,7 +26,7 @@ from fxlm.runtime.explain.fixtures import Mode
 from fxlm.runtime.explain.subjects import Prompts
 from fxlm.runtime.front import front
 
-# A prefix is guilty if it is this far from the one before: some times the rounding of the
+# A prefix deviates if it is this far from the captured graph: some times the rounding of the
 # captured graph in this dtype, and never less than the floor (nats).
 TIMES_ROUNDING = 3.0
 FLOOR = 1e-3
@@ -59,7 +60,7 @@ class Guilt:
     Attributes:
         name: of the pass.
         mode: in which the prompts went through.
-        errors: against the stage before; prompt and position of the largest.
+        errors: against the captured graph; prompt and position of the largest.
         place: where it begins.
         before, after: the program without and with the pass.
         dtype: in which it shows.
@@ -78,14 +79,15 @@ class Guilt:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Line:
-    """One prefix of the column: its name and its largest error against the oracle."""
+    """One prefix of the column: its last pass, and its largest error against the oracle."""
 
     name: str
     errors: Errors
-    guilty: bool
+    deviates: bool
 
 
 Tell = Callable[[Line], None]
+Made = tuple[Snapshot, Callable[[], Stage]]
 
 
 class Bisection:
@@ -94,7 +96,8 @@ class Bisection:
     Args:
         checkpoint, options: as for compiling.
         tolerance: nats of log-probability; None: a multiple of rounding.
-        tell: called after each prefix.
+        tell: called after each prefix that was run.
+        oracle: what the captured graph says in float32, if it is known.
     """
 
     def __init__(
@@ -103,68 +106,91 @@ class Bisection:
         options: CompileOptions,
         tolerance: float | None = None,
         tell: Tell = lambda line: None,
+        oracle: Scores | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.start = front(checkpoint, options)
         self.facts = self.start.program.facts
         context = self.facts.max_position_embeddings
         self.prompts = fixtures.fixture_prompts(checkpoint, self.facts.vocab_size, context)
-        self.oracle = subjects.reference(checkpoint, options, self.prompts)
+        self.oracle = oracle or subjects.reference(checkpoint, options, self.prompts)
         self.tolerance = tolerance
         self.tell = tell
 
     def run(self) -> Guilt | None:
-        """The first guilty pass, or None."""
-        before: tuple[Snapshot, Callable[[], Stage]] | None = None
-        scores: dict[Mode, Scores] = {}
-        for snapshot, make in subjects.stages(self.start, self.checkpoint):
-            stage = make()
-            found = {mode: self.score(stage, mode) for mode in subjects.modes_of(stage)}
-            mode, errors = self.worst(found, scores or {"prefill alone": self.oracle})
-            limit = self.limit(found)
-            self.tell(Line(name=snapshot.name, errors=self.against_oracle(found),
-                           guilty=before is not None and errors.absolute > limit))  # fmt: skip
-            if before is not None and errors.absolute > limit:
-                return self.locate(before, (snapshot, stage), mode, errors)
-            before, scores = (snapshot, make), found
-        return None
+        """The guilty pass, or None: the whole column first, then halves of it.
+
+        Raises:
+            PassError: a pass fails, and none before it is guilty.
+        """
+        stages, failure = self.stages()
+        captured = self.captured(stages[0])
+        limit = self.limit(captured)
+        found = self.deviation(stages[-1], captured, fixtures.MODES, limit)
+        if found is None and failure is not None:
+            raise failure
+        if found is None:
+            return None
+        good, bad = 0, len(stages) - 1
+        while bad - good > 1:
+            middle = (good + bad) // 2
+            here = self.deviation(stages[middle], captured, (found[0],), limit)
+            if here is None:
+                good = middle
+            else:
+                bad, found = middle, here
+        return self.locate(stages[good], stages[bad], *found)
+
+    def stages(self) -> tuple[list[Made], PassError | None]:
+        """Each stage up to a pass that fails: a guilty one may leave what another cannot take."""
+        found: list[Made] = []
+        try:
+            found.extend(subjects.stages(self.start, self.checkpoint))
+        except PassError as error:
+            return found, error
+        return found, None
+
+    def captured(self, stage: Made) -> Scores:
+        """Scores of the captured graph; in float32 it is the oracle."""
+        exact = self.facts.dtype == torch.float32
+        scores = self.oracle if exact else self.score(stage[1](), "prefill alone")
+        errors = compare(scores, self.oracle)
+        self.tell(Line(name=stage[0].name, errors=errors, deviates=False))
+        return scores
 
     def score(self, stage: Stage, mode: Mode) -> Scores:
         """Scores of a stage in one mode."""
         sizes = {"vocab_size": self.facts.vocab_size, "block_size": self.facts.block_size}
         return subjects.score(stage, self.prompts, mode, **sizes)
 
-    def limit(self, found: Mapping[Mode, Scores]) -> float:
-        """Nats above which a prefix is guilty; set by the captured graph's own rounding."""
-        if self.tolerance is None:
-            rounding = compare(found["prefill alone"], self.oracle).absolute
-            self.tolerance = max(TIMES_ROUNDING * rounding, FLOOR)
-        return self.tolerance
+    def limit(self, captured: Scores) -> float:
+        """Nats above which a prefix deviates; set by the captured graph's own rounding."""
+        if self.tolerance is not None:
+            return self.tolerance
+        return max(TIMES_ROUNDING * compare(captured, self.oracle).absolute, FLOOR)
 
-    def worst(
-        self, found: Mapping[Mode, Scores], before: Mapping[Mode, Scores]
-    ) -> tuple[Mode, Errors]:
-        """The mode with the largest error; a mode new with paging is held against prefill."""
-        errors = [
-            (mode, compare(scores, before.get(mode, before["prefill alone"])))
-            for mode, scores in found.items()
-        ]
-        return max(errors, key=lambda pair: pair[1].absolute)
+    def deviation(
+        self, made: Made, captured: Scores, modes: Sequence[Mode], limit: float
+    ) -> tuple[Mode, Errors] | None:
+        """The worst mode of a prefix, against the captured graph; None within the limit."""
+        snapshot, make = made
+        stage = make()
+        chosen = modes if stage.paged else ("prefill alone",)
+        found = {mode: self.score(stage, mode) for mode in chosen}
+        errors = {mode: compare(scores, captured) for mode, scores in found.items()}
+        mode = max(errors, key=lambda name: errors[name].absolute)
+        deviates = errors[mode].absolute > limit
+        exact = compare(found[mode], self.oracle)
+        self.tell(Line(name=snapshot.name, errors=exact, deviates=deviates))
+        return (mode, errors[mode]) if deviates else None
 
-    def against_oracle(self, found: Mapping[Mode, Scores]) -> Errors:
-        """Largest errors of a stage."""
-        return self.worst(found, {"prefill alone": self.oracle})[1]
-
-    def locate(
-        self, before: tuple[Snapshot, Callable[[], Stage]], after: tuple[Snapshot, Stage],
-        mode: Mode, errors: Errors,
-    ) -> Guilt:  # fmt: skip
+    def locate(self, before: Made, after: Made, mode: Mode, errors: Errors) -> Guilt:
         """Find the first value that differs, on the prompt with the largest error."""
         prompts = [self.prompts[errors.worst[0]]]
         record = Recorder()
-        self.replay(before[1](), prompts, record.keep)
+        self.replay(before[1](), prompts, record.keep)  # one stage at a time is in memory
         checker = Checker(after[0], record, NODE_TOLERANCE.get(self.facts.dtype, 1e-4))
-        self.replay(after[1], prompts, checker.check)
+        self.replay(after[1](), prompts, checker.check)
         inputs = self.inputs(before[0], prompts) | self.inputs(after[0], prompts)
         place = checker.place()
         inputs |= {n: record.values[n] for n in place.equal}
@@ -191,7 +217,8 @@ class Bisection:
         program = snapshot.program
         steps, caches = self.given(program.caches, sum(program.steered.values()), prompts)
         bound = snapshot.report is not None
-        read = self.checkpoint.read if bound else subjects.parameters(self.start, self.checkpoint)
+        made = self.checkpoint
+        read = made.read if bound else subjects.parameters(self.start, program, made)
         values: dict[str, torch.Tensor] = {}
         for name, spec in program.inputs.items():
             match spec.role:
@@ -272,17 +299,16 @@ def bisect(
     tolerance: float | None = None,
     tell: Tell = lambda line: None,
 ) -> Guilt | None:
-    """The first guilty pass, sought in the model's dtype and then, finer, in float32.
+    """The guilty pass, sought in the model's dtype and then, finer, in float32.
 
     Args:
         checkpoint, options: as for compiling.
-        tolerance: nats between a prefix and the one before; None: a multiple of rounding.
-        tell: called after each prefix.
+        tolerance: nats between a prefix and the captured graph; None: a multiple of rounding.
+        tell: called after each prefix that was run.
     """
-    dtypes = [options.dtype] if options.dtype == "float32" else [options.dtype, "float32"]
-    for dtype in dtypes:
-        chosen = replace(options, dtype=dtype)
-        guilt = Bisection(checkpoint, chosen, tolerance, tell).run()
-        if guilt is not None:
-            return guilt
-    return None
+    first = Bisection(checkpoint, options, tolerance, tell)
+    guilt = first.run()
+    if guilt is not None or first.facts.dtype == torch.float32:
+        return guilt
+    finer = replace(options, dtype="float32")
+    return Bisection(checkpoint, finer, tolerance, tell, first.oracle).run()

@@ -52,15 +52,15 @@ def verify_command(args: argparse.Namespace) -> int:
 
 
 def bisect_command(args: argparse.Namespace) -> int:
-    """``fxlm bisect``: each prefix of the column, then the guilty pass; 1 if there is one."""
+    """``fxlm bisect``: each prefix that was run, then the guilty pass; 1 if there is one."""
     from fxlm.models.checkpoint import open_checkpoint
     from fxlm.runtime.explain import bisect
     from fxlm.runtime.explain.repro import where, write_repro
     from fxlm.runtime.options import compile_options
 
     def tell(line: bisect.Line) -> None:
-        mark = "<- guilty" if line.guilty else ""
-        print(f"{line.name:<24} {line.errors.text()} {mark}".rstrip(), flush=True)
+        mark = "deviates" if line.deviates else ""
+        print(f"up to {line.name:<22} {line.errors.text()} {mark}".rstrip(), flush=True)
 
     options = _options(args)
     checkpoint = open_checkpoint(options.model, options.revision, options.trust_remote_code)

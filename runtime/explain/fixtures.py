@@ -25,6 +25,10 @@ TEXTS = (
     "The capital of France is Paris, and the capital of Italy is",
 )
 LENGTHS = (1, 7, 19, 33)  # of the pseudo-random prompts beside them
+# A checkpoint of more bytes than this runs the last text and these lengths: half of the tokens,
+# and still a prompt of one token and one that needs a second block.
+LARGE = 1 << 30
+LARGE_LENGTHS = (1, 33)
 NUM_DECODED = 4  # last tokens of a prompt that decode modes run one by one
 MAX_TEXT = 48  # tokens
 NUM_LOGPROBS = 20
@@ -43,13 +47,17 @@ class Chunk:
 def fixture_prompts(checkpoint: Checkpoint, vocab_size: int, context: int) -> list[list[int]]:
     """Two texts, if the checkpoint has a tokenizer, and fixed pseudo-random ids.
 
+    A checkpoint of more than ``LARGE`` bytes gets fewer.
+
     Args:
         vocab_size: ids are below it.
         context: most tokens of a prompt.
     """
+    large = checkpoint.num_bytes > LARGE
     texts = [ids[: min(MAX_TEXT, context)] for ids in _encoded(checkpoint)]
     known = [ids for ids in texts if ids and max(ids) < vocab_size]
-    return known + random_prompts(vocab_size, context, LENGTHS)
+    lengths = LARGE_LENGTHS if large else LENGTHS
+    return (known[-1:] if large else known) + random_prompts(vocab_size, context, lengths)
 
 
 def _encoded(checkpoint: Checkpoint) -> list[list[int]]:

@@ -208,7 +208,7 @@ def _structure(snapshot: Snapshot, before: Snapshot | None) -> dict[str, Any]:
     return entry | {
         "rewrites": report.rewrites, "seconds": report.seconds, "nodes_before": report.nodes_before,
         "nodes_after": report.nodes_after, "added": report.added, "removed": report.removed,
-        "source_digest": report.source_digest,
+        "source_digest": report.source_digest, "notes": list(report.notes),
         "layer": {
             "number": picture.layer, "num_changed": picture.num_changed,
             "diff": list(picture.diff), "marks": dict(picture.marks),

@@ -14,7 +14,7 @@ import torch
 
 from fxlm.compiler.artifact import Artifact
 from fxlm.compiler.options import CompileOptions
-from fxlm.compiler.program import CacheSpec, Facts
+from fxlm.compiler.program import CacheSpec, Facts, Program
 from fxlm.compiler.stages import Caches, Snapshot, Stage, walk
 from fxlm.compiler.step import Reader, Step, load_weights
 from fxlm.models.checkpoint import Checkpoint
@@ -115,7 +115,8 @@ def reference(checkpoint: Checkpoint, options: CompileOptions, prompts: Prompts)
         UnsupportedModel: the model does not capture in float32.
     """
     start = front(checkpoint, replace(options, dtype="float32"))
-    oracle = Stage(start.program, parameters(start, checkpoint, torch.float32))
+    read = parameters(start, start.program, checkpoint, torch.float32)
+    oracle = Stage(start.program, read)
     facts = start.program.facts
     return score(
         oracle, prompts, "prefill alone",
@@ -124,18 +125,16 @@ def reference(checkpoint: Checkpoint, options: CompileOptions, prompts: Prompts)
 
 
 def parameters(
-    start: Front, checkpoint: Checkpoint, dtype: torch.dtype | None = None
+    start: Front, captured: Program, checkpoint: Checkpoint, dtype: torch.dtype | None = None
 ) -> Callable[[str], torch.Tensor]:
     """Parameters by qualified name, made from the checkpoint by transformers' own rules.
 
     Args:
+        captured: program of the first stage; ``start.program`` is none once passes ran.
         dtype: of floating-point parameters; None leaves them as the rules gave them.
     """
     made = start.binding.convert({name: checkpoint.read(name) for name in start.binding.names})
-    wanted = {
-        start.program.inputs[n.name].source: n.meta["val"].dtype
-        for n in start.program.placeholders()
-    }
+    wanted = {captured.inputs[n.name].source: n.meta["val"].dtype for n in captured.placeholders()}
 
     def read(name: str) -> torch.Tensor:
         value = made[name]
@@ -150,7 +149,8 @@ def stages(start: Front, checkpoint: Checkpoint) -> Iterator[tuple[Snapshot, Cal
 
     def make(snapshot: Snapshot) -> Stage:
         bound = snapshot.report is not None
-        read = checkpoint.read if bound else parameters(start, checkpoint)
+        program = snapshot.program
+        read = checkpoint.read if bound else parameters(start, program, checkpoint)
         return Stage(snapshot.program, read)
 
     for snapshot in walk(start.program, start.column):

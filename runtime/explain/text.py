@@ -51,6 +51,7 @@ def one_pass(entry: Entry) -> Iterator[str]:
     yield f"{entry['name']}: {entry['rewrites']} rewrites in {1e3 * entry['seconds']:.1f} ms, "
     yield f"calls {entry['nodes_before']} -> {entry['nodes_after']}"
     yield entry["summary"]
+    yield from (f"note: {note}" for note in entry["notes"])
     for mode, found in entry.get("errors", {}).items():
         step = entry["errors_before"][mode]
         yield (f"{mode:<16} {found['absolute']:.2e} nats from float32 ({found['relative']:.2e} "

@@ -18,6 +18,7 @@ from fxlm.runtime.explain.subjects import Subject, new_caches
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 40
 BUDGET_S = 0.5  # of one comparison
+LIMIT_S = 5.0  # beyond this, two rounds are enough
 
 
 def step_call(
@@ -45,12 +46,18 @@ def in_turns(calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()  # warm
-    deadline = time.perf_counter() + BUDGET_S
+    start = time.perf_counter()
     rounds = 0
-    while rounds < MIN_ROUNDS or (rounds < MAX_ROUNDS and time.perf_counter() < deadline):
+    while _goes_on(rounds, time.perf_counter() - start):
         for name, call in calls.items():
             started = time.perf_counter()
             call()
             times[name].append((time.perf_counter() - started) * 1e3)
         rounds += 1
     return {name: statistics.median(found) for name, found in times.items()}
+
+
+def _goes_on(rounds: int, seconds: float) -> bool:
+    if seconds > LIMIT_S:
+        return rounds < 2
+    return rounds < MIN_ROUNDS or (rounds < MAX_ROUNDS and seconds < BUDGET_S)

@@ -85,7 +85,7 @@ def rounding_of(
 ) -> float:
     """Error of the captured graph in the model's dtype, before any pass, in nats."""
     start = front(checkpoint, compile_options(options))
-    captured = Stage(start.program, subjects.parameters(start, checkpoint))
+    captured = Stage(start.program, subjects.parameters(start, start.program, checkpoint))
     facts = start.program.facts
     sizes = {"vocab_size": facts.vocab_size, "block_size": facts.block_size}
     scores = subjects.score(captured, prompts, "prefill alone", **sizes)

@@ -57,6 +57,20 @@ def test_a_seeded_fault_is_found(
     assert "largest difference" in run.stdout
 
 
+def test_tied_weights_in_half_precision_are_not_blamed(tmp_path: Path) -> None:
+    """Nor is the captured graph given the inputs that later stages take."""
+    path = write_checkpoint("llama", tmp_path / "tied", dtype="bfloat16", tie_word_embeddings=True)
+    lines: list[tuple[str, bool]] = []
+    found = bisect(
+        open_checkpoint(path),
+        CompileOptions(eager=True),
+        tell=lambda line: lines.append((line.name, line.deviates)),
+    )
+    assert found is None
+    ends = ["captured", "pack_linears"]
+    assert lines == [(name, False) for name in [*ends, *ends]]  # in bfloat16, then in float32
+
+
 class Faulty(TorchDispatchMode):
     """A kernel that is wrong: packed linears forget their last panel."""
 

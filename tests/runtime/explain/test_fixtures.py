@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fxlm.models.bundled import BUNDLED
-from fxlm.models.checkpoint import open_checkpoint
+from fxlm.models.checkpoint import Checkpoint, open_checkpoint
 from fxlm.runtime.explain import fixtures
 from fxlm.runtime.explain.fixtures import MODES, Mode
 
@@ -42,3 +42,12 @@ def test_texts_come_from_the_checkpoints_tokenizer() -> None:
     prompts = fixtures.fixture_prompts(checkpoint, 10**6, 64)
     assert len(prompts) == len(fixtures.TEXTS) + len(fixtures.LENGTHS)
     assert all(0 < len(p) <= 64 for p in prompts)
+
+
+def test_a_large_checkpoint_runs_fewer_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = open_checkpoint(BUNDLED["bundled-draft"])
+    whole = fixtures.fixture_prompts(checkpoint, 10**6, 64)
+    monkeypatch.setattr(Checkpoint, "num_bytes", fixtures.LARGE + 1)
+    few = fixtures.fixture_prompts(checkpoint, 10**6, 64)
+    assert few[0] == whole[1]
+    assert [len(p) for p in few[1:]] == [1, 32]  # at most half of the context

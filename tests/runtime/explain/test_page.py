@@ -12,6 +12,8 @@ import pytest
 
 from fxlm.compiler.errors import InvalidOption
 from fxlm.compiler.options import CompileOptions
+from fxlm.compiler.pipeline import graph_pass
+from fxlm.compiler.program import Program
 from fxlm.models.checkpoint import Checkpoint, open_checkpoint
 from fxlm.models.tiny import write_checkpoint
 from fxlm.runtime.explain.page import render
@@ -32,8 +34,14 @@ const style = getComputedStyle(document.body);
 document.body.dataset.probe = JSON.stringify({
   wide: root.scrollWidth, seen: innerWidth, boxes: boxes.length, ready: root.dataset.ready,
   hidden: added.every(b => getComputedStyle(b).visibility === "hidden"),
-  ink: style.color, paper: style.backgroundColor});
+  ink: style.color, paper: style.backgroundColor, theme: root.dataset.theme});
 }</script>"""
+
+
+def brightness(color: str) -> float:
+    """Of a computed colour, e.g. ``rgb(16, 20, 27)``; 0 is black, 255 white."""
+    red, green, blue = map(int, re.findall(r"\d+", color)[:3])
+    return 0.299 * red + 0.587 * green + 0.114 * blue
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +89,20 @@ def test_the_terminal_has_a_line_a_pass(timed: Report) -> None:
     assert "+cat_default" in one
 
 
+@graph_pass(after="cleanup")
+def talkative(program: Program) -> int:
+    """A pass that says what it decided."""
+    program.note("nothing <to> do")
+    return 0
+
+
+def test_what_a_pass_decided_is_shown(checkpoint: Checkpoint) -> None:
+    choices = Choices(numbers=False, times="none", limits=False)
+    made = explain(checkpoint, CompileOptions(passes=(talkative,)), choices)
+    assert "note: nothing <to> do" in list(lines(made, ["talkative"]))
+    assert "<li>nothing &lt;to&gt; do</li>" in render(made)
+
+
 def test_an_unknown_pass_is_refused(checkpoint: Checkpoint) -> None:
     with pytest.raises(InvalidOption, match="did you mean 'fuse_qkv'"):
         explain(checkpoint, CompileOptions(), Choices(numbers=False), wanted=["fuse_qvk"])
@@ -120,7 +142,9 @@ def test_in_a_browser(width: int, theme: str, timed: Report, tmp_path: Path) -> 
     assert found["wide"] <= found["seen"], "the page scrolls sideways"
     assert found["boxes"] >= 5
     assert found["hidden"]
-    assert found["ink"] != found["paper"]
+    assert found["theme"] == theme
+    ink, paper = brightness(found["ink"]), brightness(found["paper"])
+    assert (paper < 40 and ink > 200) if theme == "dark" else (paper > 240 and ink < 60)
 
 
 @pytest.mark.skipif(find_browser() is None, reason=MISSING)
