@@ -14,6 +14,7 @@ from fxlm.runtime.explain.fixtures import MODES
 
 Entry = Mapping[str, Any]
 FLOOR = 1e-8  # nats; smaller errors are drawn here
+UNREST = 1.5  # the same step this many times as long: others used the machine
 
 
 Row = tuple[str, dict[str, float], float | None]
@@ -144,3 +145,16 @@ def _svg(width: float, height: float, title: str, parts: Sequence[str]) -> str:
         f'<svg class="chart" viewBox="0 0 {width:.0f} {height:.0f}" role="img" '
         f'aria-label="{escape(title)}">{"".join(parts)}</svg>'
     )
+
+
+def unrest(passes: Sequence[Entry]) -> str:
+    """What to say if times of one and the same step, the whole one, lie far apart; else empty."""
+    times: dict[str, list[float]] = {}
+    for entry in passes:
+        for row in entry.get("without", {}).get("times", []):
+            times.setdefault(row["shape"], []).append(row["with_ms"])
+    worst = max(times.values(), key=lambda found: max(found) / min(found), default=[1.0])
+    if max(worst) < UNREST * min(worst):
+        return ""
+    return (f"The machine was busy: the same step took {min(worst):.3g} to {max(worst):.3g} ms. "
+            "Trust ratios of one row alone, or run it again.")  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Any
 
 import jinja2
 
-from fxlm.runtime.explain.charts import error_chart, roofline, time_chart
+from fxlm.runtime.explain.charts import error_chart, roofline, time_chart, unrest
 from fxlm.runtime.explain.drawing import draw
 
 KINDS = {"+": "added", "-": "removed", "@": "place"}
@@ -34,6 +34,7 @@ def render(report: Mapping[str, Any]) -> str:
         passes=[_shown(entry) for entry in passes],
         errors=error_chart(passes),
         times=[(s["name"], time_chart(passes, s["name"])) for s in report["shapes"]],
+        unrest=unrest(passes),
         roofline=roofline(passes, report["machine"]),
         largest=max(entry["nodes_after"] for entry in passes),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from fxlm.runtime.explain.charts import roofline
+from fxlm.runtime.explain.charts import roofline, unrest
 
 Entry = Mapping[str, Any]
 HEADS = (("rewrites", 9), ("calls", 15), ("float32", 11), ("before", 11), ("top-1", 8),
@@ -29,6 +29,8 @@ def lines(report: Mapping[str, Any], wanted: Sequence[str] = ()) -> Iterator[str
             f"{row['shape']:<24}{row['gflop']:>9.3g} GFLOP {row['mb']:>9.3g} MB  at least "
             f"{row['least_ms']:.3g} ms ({row['bound']}){measured}, {report['times']}"
         )
+    if unrest(report["passes"]):
+        yield unrest(report["passes"])
     model = report["model"]
     if model["layers_shown"] != model["num_layers"]:
         yield f"(the first {model['layers_shown']} of {model['num_layers']} layers)"

@@ -89,6 +89,15 @@ def test_the_terminal_has_a_line_a_pass(timed: Report) -> None:
     assert "+cat_default" in one
 
 
+def test_times_of_a_busy_machine_are_called_that(timed: Report) -> None:
+    assert "The machine was busy" not in render(timed)
+    busy = copy.deepcopy(timed)
+    busy["passes"][3]["without"]["times"][0] |= {"with_ms": 9.0, "without_ms": 9.5}
+    said = "The machine was busy: the same step took 1 to 9 ms."
+    assert said in render(busy)
+    assert any(line.startswith(said) for line in lines(busy))
+
+
 @graph_pass(after="cleanup")
 def talkative(program: Program) -> int:
     """A pass that says what it decided."""
