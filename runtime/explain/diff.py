@@ -51,8 +51,7 @@ def structure(first: Artifact, second: Artifact) -> list[Change]:
     if sequences[0] != sequences[1]:
         lengths = [f"{len(s)} calls of {len(set(s))} regions" for s in sequences]
         changes.append(Change(what="step", first=lengths[0], second=lengths[1]))
-    changes += _mappings("weight ", a["weights"], b["weights"])
-    return changes
+    return [*changes, *_weights(a["weights"], b["weights"])]
 
 
 def numbers(first: Artifact, second: Artifact, checkpoint: Checkpoint) -> dict[Mode, Errors]:
@@ -133,6 +132,19 @@ def _counts(where: str, a: Counter[str], b: Counter[str]) -> Iterator[Change]:
     for name in sorted(set(a) | set(b)):
         if a[name] != b[name]:
             yield Change(what=f"{where}, calls of {name}", first=a[name], second=b[name])
+
+
+def _weights(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[Change]:
+    """How many there are of each layout; their names count up and tell nothing of what they are."""
+    left, right = (Counter(map(_layout, side.values())) for side in (a, b))
+    for layout in dict.fromkeys([*left, *right]):
+        if left[layout] != right[layout]:
+            what = f"weights, {layout}"
+            yield Change(what=what, first=left[layout], second=right[layout])
+
+
+def _layout(weight: Mapping[str, Any]) -> str:
+    return f"{weight['dtype']} {weight['shape']} of strides {weight['stride']}"
 
 
 def _text(value: Any) -> str:

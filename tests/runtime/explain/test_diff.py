@@ -44,6 +44,8 @@ def test_a_missing_pass_is_seen_in_passes_and_graphs(build: Build) -> None:
     lines = [c.line() for c in structure(build(), build(disabled=("fuse_qkv",)))]
     assert any(line.startswith("passes:") for line in lines)
     assert any("calls of aten.cat.default" in line for line in lines), lines
+    weights = [line for line in lines if line.startswith("weight")]
+    assert 1 <= len(weights) <= 4, weights  # a line a layout: two layers are no more than one
 
 
 def test_the_same_passes_with_another_option(build: Build) -> None:
