@@ -76,6 +76,11 @@ class LLM:
         self._count = itertools.count()
         self._lock = threading.Lock()  # the engine is for one thread at a time
 
+    @property
+    def taps(self) -> dict[str, tuple[int, ...]]:
+        """Points that requests may tap, and the shape of a token's row there."""
+        return dict(self.engine.spec.taps)
+
     def get_tokenizer(self) -> Tokenizer:
         """The tokenizer; an error if the engine was made without one."""
         if self._tokenizer is None:
@@ -163,12 +168,12 @@ class LLM:
         processor = OutputProcessor(self._tokenizer)
         for request, _ in requests:  # all are checked before any is queued
             request.verify(self.engine.spec.vocab_size, self.engine.spec.max_model_len)
-        for request, text in requests:
-            self.engine.add_request(request)
-            processor.add_request(request, text, "final")
         done: dict[str, RequestOutput] = {}
         bar = _bar(len(requests)) if show else None
         try:
+            for request, text in requests:
+                self.engine.add_request(request)
+                processor.add_request(request, text, "final")
             while self.engine.has_unfinished():
                 processed = processor.process(self.engine.step())
                 for request_id, index in processed.aborts:
@@ -177,7 +182,7 @@ class LLM:
                     done[output.request_id] = output
                     if bar is not None:
                         bar.update(1)
-        except BaseException:  # Ctrl-C in a notebook must not leave half of it behind
+        except BaseException:  # Ctrl-C, or a request refused, must not leave others behind
             for request, _ in requests:
                 self.engine.abort(request.request_id)
             raise

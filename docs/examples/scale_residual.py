@@ -1,20 +1,16 @@
-"""A user pass: halve what each MLP adds to the residual stream."""
+"""Halve what each MLP adds to the residual stream."""
 
 import torch
 
 from fxlm import graph_pass
+from fxlm.compiler.rewrite import wrap_linears
 
 
-def mlp_outputs(program):
-    return program.linears(r"mlp\.down_proj$")
+def half(program, y):
+    return program.call(torch.ops.aten.mul.Scalar, y, 0.5, like=y)
 
 
-@graph_pass(after="fuse_gate_up", expects=lambda program: len(mlp_outputs(program)))
+@graph_pass(after="fuse_gate_up", expects=lambda program: program.facts.num_layers)
 def halve_mlp(program):
     """before: y = down_proj(h)   after: y = down_proj(h) * 0.5"""
-    nodes = mlp_outputs(program)
-    for node in nodes:
-        with program.graph.inserting_before(node.next):
-            half = program.call(torch.ops.aten.mul.Scalar, node, 0.5, like=node)
-        node.replace_all_uses_with(half, delete_user_cb=lambda user, half=half: user is not half)
-    return len(nodes)
+    return wrap_linears(program, r"mlp\.down_proj$", half)

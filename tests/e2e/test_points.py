@@ -120,3 +120,11 @@ def test_too_many_bytes_are_refused(llm: LLM, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("fxlm.runtime.points.MAX_TAP_BYTES", 1000)
     with pytest.raises(InvalidRequest, match="taps of up to 6 tokens take 1536 bytes, and 1000"):
         run(llm, {"taps": [FIRST]})
+
+
+def test_a_refused_request_leaves_none_behind(llm: LLM) -> None:
+    good = SamplingParams(max_tokens=4, detokenize=False)
+    bad = SamplingParams(max_tokens=4, detokenize=False, taps=["nowhere"])
+    with pytest.raises(InvalidRequest):
+        llm.generate([{"prompt_token_ids": PROMPT}] * 2, [good, bad])
+    assert not llm.engine.has_unfinished()

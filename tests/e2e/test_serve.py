@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+import runpy
 import signal
 import struct
 import subprocess
@@ -11,12 +12,14 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
 import pytest
 from openai import BadRequestError, OpenAI
 
+EXAMPLE = Path(__file__).resolve().parents[2] / "docs" / "examples" / "taps_over_http.py"
 COMMAND = (
     sys.executable, "-m", "fxlm", "serve", "bundled-draft", "--enforce-eager", "--port", "0",
     "--dtype", "float32", "--max-num-seqs", "8", "--shutdown-timeout", "2",
@@ -145,6 +148,14 @@ def test_taps_and_steering_over_the_api(client: OpenAI) -> None:
     assert steered.choices[0].model_extra is not None
     moved = tap_of(steered.choices[0].model_extra["taps"][point])
     assert all(abs(new - old - 1.0) < 1e-3 for new, old in zip(moved[0], rows[0], strict=True))
+
+
+def test_the_example_of_the_page(client: OpenAI) -> None:
+    found = runpy.run_path(str(EXAMPLE), run_name="example")
+    plain = found["hidden_states"](client)
+    moved = found["hidden_states"](client, steer={found["POINT"]: [0.5] * plain.shape[1]})
+    assert plain.shape[1] == moved.shape[1] == 64
+    assert abs(moved[0] - plain[0] - 0.5).max() < 1e-4
 
 
 def test_an_unknown_point_is_a_400_that_names_it(client: OpenAI) -> None:
