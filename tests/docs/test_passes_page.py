@@ -124,8 +124,6 @@ def test_int8_weights_are_held_and_close_to_dense() -> None:
     held = [w for w in weights if w["dtype"] == "int8"]
     layers = llm.artifact.manifest["model"]["num_layers"]
     assert len(held) == count_of(llm, "int8_linear") == 4 * layers
-    dense = [w for w in weights if w["dtype"] == "float32" and len(w["shape"]) == 2]
-    assert {tuple(w["shape"]) for w in dense} == {(4096, 64)}  # the embedding, tied to the head
     exact, rounded = (prompt_logprobs(made) for made in (plain(), llm))
     difference = np.abs(exact - rounded).max()
     assert 0 < difference < 0.1

@@ -127,4 +127,4 @@ def test_a_refused_request_leaves_none_behind(llm: LLM) -> None:
     bad = SamplingParams(max_tokens=4, detokenize=False, taps=["nowhere"])
     with pytest.raises(InvalidRequest):
         llm.generate([{"prompt_token_ids": PROMPT}] * 2, [good, bad])
-    assert not llm.engine.has_unfinished()
+    assert llm.engine.num_unfinished == 0
