@@ -96,7 +96,7 @@ def main() -> None:
     results = [
         row for name in options.rows for row in _row(name, peers, machine, shape, rate, options)
     ]
-    memory = {p.name: p.ask({"do": "memory"}) for p in peers}
+    memory = {p.name: p.ask({"do": "memory"}) for p in peers if p.process.poll() is None}
     for peer in peers:
         peer.process.kill()
     for name in dict.fromkeys(str(r["row"]) for r in results):
