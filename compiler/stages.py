@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
 
 from fxlm.compiler import graph_json, ops
 from fxlm.compiler.hoist import hoist
@@ -51,37 +50,16 @@ def walk(program: Program, passes: Iterable[GraphPass]) -> Iterator[Snapshot]:
     Raises:
         PassError: see `fxlm.compiler.pipeline.run`.
     """
-    yield Snapshot(name="captured", program=copy_program(program))
+    yield Snapshot(name="captured", program=program.copy())
     for item in passes:
         run(program, [item])
         yield Snapshot(
             name=item.name,
-            program=copy_program(program),
+            program=program.copy(),
             report=program.log[-1],
             source=_source(item),
             summary=_summary(item),
         )
-
-
-def copy_program(program: Program) -> Program:
-    """A program with a graph of its own; fake values are shared."""
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(program.graph, {}))
-    before = [n.name for n in program.graph.nodes if n.op != "output"]
-    after = [n.name for n in graph.nodes if n.op != "output"]
-    assert before == after, [pair for pair in zip(before, after, strict=False) if len({*pair}) > 1]
-    return replace(
-        program,
-        module=fx.GraphModule(nn.Module(), graph),
-        inputs=dict(program.inputs),
-        constants=dict(program.constants),
-        caches=list(program.caches),
-        log=list(program.log),
-        misses=[],
-        symbols=dict(program.symbols),
-        taps=list(program.taps),
-        steered=dict(program.steered),
-    )
 
 
 def _source(item: GraphPass) -> str:
@@ -116,7 +94,7 @@ class Stage:
 
     def __init__(self, program: Program, read: Callable[[str], torch.Tensor]) -> None:
         ops.load()
-        program = copy_program(program)
+        program = program.copy()
         self.cache_specs = program.caches
         self.steer_size = sum(program.steered.values())
         self.paged = program.stage not in ("captured", "bound")

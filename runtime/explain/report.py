@@ -219,9 +219,8 @@ def _structure(snapshot: Snapshot, before: Snapshot | None) -> dict[str, Any]:
 
 def _costs(snapshot: Snapshot) -> list[dict[str, Any]]:
     """Operations and bytes of a step of each shape."""
-    from fxlm.compiler.stages import copy_program
 
-    program = copy_program(snapshot.program)
+    program = snapshot.program.copy()
     cut = hoist(program)
     return [
         {"shape": shape.name, **cost.summary(cost.step_cost(program, shape, cut))}

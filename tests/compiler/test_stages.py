@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fxlm.compiler.stages import Stage, copy_program, walk
+from fxlm.compiler.stages import Stage, walk
 from fxlm.passes.cleanup import cleanup
 from fxlm.passes.fuse_qkv import fuse_qkv
 from tests.programs import IDS, captured, run_dense, weights_of
@@ -12,7 +12,7 @@ from tests.programs import IDS, captured, run_dense, weights_of
 
 def test_a_copy_is_apart() -> None:
     program = captured()
-    copy = copy_program(program)
+    copy = program.copy()
     names = [n.name for n in program.graph.nodes]
     assert [n.name for n in copy.graph.nodes] == names
     fuse_qkv.run(copy)
