@@ -2,7 +2,9 @@
 //
 // Rows and tiles. All (query, head) pairs of one sequence that share a KV head are rows of one
 // small matrix; up to kRows of them make a tile, so that a key or value is read from memory once
-// for the whole group. Decode is a tile of `group` rows, prefill a row of full tiles.
+// for the whole group. Prefill is a row of full tiles; in decode, where a head has few rows, a tile
+// is several heads, taken in turn group by group: a block's heads lie side by side in the cache, so
+// memory is read as a few long streams (short ones leave a third of its bandwidth unused).
 //
 // Splits. Keys are taken kSplit at a time, at absolute positions 0, kSplit, 2 kSplit...: scores,
 // softmax and weighted values of a split stand for themselves, and splits are folded in order.
@@ -21,6 +23,7 @@
 #include <memory>
 #include <vector>
 
+#include "attention_plan.h"
 #include "kv_cache.h"
 #include "parallel.h"
 #include "product.h"
@@ -28,12 +31,8 @@
 namespace fxlm {
 namespace {
 
-constexpr int kSplit = 256;  // keys a partial softmax
 constexpr int kGroup = 64;   // tokens that are expanded and prefetched together; divides kSplit
 constexpr int kTiles = kGroup / kTile;
-constexpr int kRows = 64;    // rows a tile, unless one group is larger
-constexpr int kMaxRows = 128;
-constexpr int kReading = 8;  // what reading a split costs, in rows
 constexpr int64_t kSerialFloats = 1 << 16;  // folding fewer costs less than waking threads
 
 constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
@@ -173,19 +172,6 @@ struct Chunks {
 
 // ---- one tile ---------------------------------------------------------------------------------
 
-struct Tile {
-  int64_t sequence, head;    // head: of the KV heads
-  int64_t first_row, rows;   // row r of a sequence and KV head: query r / group, head r % group
-  int64_t low, high;         // keys that some row sees
-  int64_t partials;          // where its partials start, in rows; -1 = walked by one thread
-  int64_t splits() const { return (high - 1) / kSplit - low / kSplit + 1; }
-  int64_t cost() const { return splits() * (rows + kReading); }
-};
-
-struct Item {
-  int32_t tile, split;  // split -1 = all
-};
-
 // Per row: maximum, sum, then the weighted values.
 constexpr int kHeader = W;  // maximum at [0], sum at [1]; keeps the values aligned to vectors
 
@@ -218,53 +204,53 @@ class Worker {
     begin_ = int(std::max<int64_t>(tile_.low - base_, 0));
     end_ = int(std::min<int64_t>(tile_.high - base_, kSplit));
     const int first = begin_ / kGroup * kGroup, last = int(round_up(end_, W));
-    if (format_.codes) find_scales(first);
-    for (int m = 0; m < tile_.rows; ++m) {
+    for (int m = 0; m < tile_.all_rows(); ++m) {
       std::memset(scores_ + m * kSplit + first, 0, (last - first) * sizeof(float));
       std::memset(out + m * ld_ + kHeader, 0, width_ * sizeof(float));
     }
-    Tiles next = tiles_of(keys_, first);
-    for (int at = first; at < end_; at += kGroup) {
-      const Tiles here = next;
-      next = at + kGroup < end_ ? tiles_of(keys_, at + kGroup) : tiles_of(values_, first);
-      score_keys(at, std::min(last - at, kGroup), here, next);
-    }
-    for (int m = 0; m < tile_.rows; ++m) softmax(m, first, last, out + m * ld_);
-    for (int at = first; at < end_; at += kGroup) {
-      const Tiles here = next;
-      next = at + kGroup < end_ ? tiles_of(values_, at + kGroup)
-             : more             ? tiles_of(keys_, kSplit)
-                                : Tiles{};
-      mix_values(at, here, next, out);
-    }
+    Tiles next = tiles_of(keys_, 0, first);
+    walk(keys_, first, next, tiles_of(values_, 0, first), [&](int head, int at, const Tiles& here) {
+      score_keys(head, at, std::min(last - at, kGroup), here, next);
+    });
+    walk(values_, first, next, more ? tiles_of(keys_, 0, kSplit) : Tiles{},
+         [&](int head, int at, const Tiles& here) {
+           if (at == first) weigh(head, first, last, out);
+           mix_values(head, at, here, next, out + row_of(head) * ld_);
+         });
   }
 
   void all_splits() {
-    clear(total_);
+    clear(0, tile_.heads);
     for (int64_t i = tile_.low / kSplit; i * kSplit < tile_.high; ++i) {
       split(i, partial_, true);
-      fold(total_, partial_);
+      fold(0, tile_.heads, partial_);
     }
-    finish(total_);
+    finish(0, tile_.heads);
   }
 
-  void fold_partials(const float* partials) {
-    clear(total_);
-    for (int64_t i = 0; i < tile_.splits(); ++i) fold(total_, partials + i * tile_.rows * ld_);
-    finish(total_);
+  // The splits of one of the tile's heads.
+  void fold_partials(int head, const float* partials) {
+    clear(head, head + 1);
+    for (int64_t i = 0; i < tile_.splits(); ++i)
+      fold(head, head + 1, partials + i * tile_.all_rows() * ld_);
+    finish(head, head + 1);
   }
 
  private:
-  int64_t position(int64_t row) const { return first_position_ + (tile_.first_row + row) / group_; }
-  int64_t head(int64_t row) const { return tile_.head * group_ + (tile_.first_row + row) % group_; }
-  int64_t token(int64_t row) const { return first_token_ + (tile_.first_row + row) / group_; }
+  int row_of(int head) const { return head * int(tile_.rows); }
+  int64_t in_head(int64_t row) const { return tile_.first_row + row % tile_.rows; }
+  int64_t position(int64_t row) const { return first_position_ + in_head(row) / group_; }
+  int64_t head(int64_t row) const {
+    return (tile_.head + row / tile_.rows) * group_ + in_head(row) % group_;
+  }
+  int64_t token(int64_t row) const { return first_token_ + in_head(row) / group_; }
   int64_t chunk_bytes(int64_t dim) const {
     return args_.block_size * (dim * format_.bytes + (format_.codes ? 4 : 0));
   }
 
   void carve() {
     constexpr int value_steps = kGroup / Unit::per_step;
-    const size_t rows = tile_.rows;
+    const size_t rows = tile_.all_rows();
     const size_t floats = rows * (kSplit + steps_ + 2 * ld_) + steps_ * kGroup +
                           value_steps * width_ + 8 * W;
     static thread_local std::vector<float> buffer;
@@ -282,7 +268,7 @@ class Worker {
 
   void pack_queries() {
     const T* q = static_cast<const T*>(args_.q.data);
-    for (int64_t m = 0; m < tile_.rows; ++m) {
+    for (int64_t m = 0; m < tile_.all_rows(); ++m) {
       const T* from = q + head(m) * args_.q.head + token(m) * args_.q.token;
       typename Unit::A* to = queries_ + m * steps_;
       if (Unit::per_step == 2 && args_.q.dim == 1) {
@@ -304,29 +290,42 @@ class Worker {
   int inside(int at) const { return int((base_ + at) & (args_.block_size - 1)); }
 
   // The chunk of a tile; null where no row sees any of its tokens: the block may be gone.
-  const char* chunk_of(const Chunks& cache, int at) const {
+  const char* chunk_of(const Chunks& cache, int head, int at) const {
     if (base_ + at >= tile_.high || base_ + at + kTile <= tile_.low) return nullptr;
     const int64_t block = table_[(base_ + at) >> shift_];
-    return cache.base + (block * args_.kv_heads + tile_.head) * cache.chunk_bytes;
+    return cache.base + (block * args_.kv_heads + tile_.head + head) * cache.chunk_bytes;
   }
 
   // What is unseen of a group that is seen is null.
-  Tiles tiles_of(const Chunks& cache, int at) const {
+  Tiles tiles_of(const Chunks& cache, int head, int at) const {
     const bool keys = &cache == &keys_;
     const int64_t bytes = cache.dim * format_.bytes;  // of a token
     Tiles tiles{{}, base_ + at < tile_.high ? int(bytes * kTile / 64) : 0,
                 keys ? args_.block_size * 4 : 64};
     for (int i = 0; i < kTiles; ++i)
-      if (const char* chunk = chunk_of(cache, at + i * kTile))
+      if (const char* chunk = chunk_of(cache, head, at + i * kTile))
         tiles.at[i] = chunk + inside(at + i * kTile) * (keys ? 4 : bytes);
     return tiles;
   }
 
+  // Visits each group of the split, head by head; `next` is what follows, at last `then`.
+  template <class Visit>
+  void walk(const Chunks& cache, int first, Tiles& next, const Tiles& then, const Visit& visit) {
+    for (int at = first; at < end_; at += kGroup)
+      for (int head = 0; head < tile_.heads; ++head) {
+        const Tiles here = next;
+        next = head + 1 < tile_.heads ? tiles_of(cache, head + 1, at)
+               : at + kGroup < end_   ? tiles_of(cache, 0, at + kGroup)
+                                      : then;
+        visit(head, at, here);
+      }
+  }
+
   // Where the scales of W tokens lie. Those of tokens that no row sees are masked with the score.
-  void find_scales(int first) {
+  void find_scales(int head, int first) {
     static const float none[kTile] = {};
     for (int at = first; at < end_; at += kTile) {
-      const char *k = chunk_of(keys_, at), *v = chunk_of(values_, at);
+      const char *k = chunk_of(keys_, head, at), *v = chunk_of(values_, head, at);
       const int64_t key = args_.block_size * args_.dk, value = args_.block_size * args_.dv;
       for (int w = 0; w < kTile; w += W) {
         const int64_t place = (inside(at) + w) * 4;
@@ -364,18 +363,18 @@ class Worker {
   void multiply_codes_of_store(More&&...) {}
 #endif
 
-  void score_codes(int at, int columns, const Tiles& here, const Tiles& next) {
+  void score_codes(int head, int at, int columns, const Tiles& here, const Tiles& next) {
     const char* tiles[kTiles];
     for (int i = 0; i < kTiles; ++i) tiles[i] = here.at[i];
     const char* some = nullptr;  // stands for what no row sees: those scores are masked
     for (const char* tile : tiles) some = some ? some : tile;
     for (const char*& tile : tiles) tile = tile ? tile : some;
-    multiply_codes_of_store(reinterpret_cast<const float*>(queries_), steps_ / 2, tiles,
-                            args_.block_size * 4, 0, steps_ / 2, true, next, columns, scores_ + at,
-                            kSplit);
+    multiply_codes_of_store(reinterpret_cast<const float*>(queries_of(head)), steps_ / 2, tiles,
+                            args_.block_size * 4, 0, steps_ / 2, true, next, columns,
+                            scores_of(head) + at, kSplit);
   }
 
-  void mix_codes(int at, const Tiles& here, const Tiles& next, float* out) {
+  void mix_codes(int head, int at, const Tiles& here, const Tiles& next, float* out) {
     const int begin = std::max(begin_ - at, 0), end = std::min(end_ - at, kGroup);
     const char* tiles[kTiles];
     for (int i = 0; i < kTiles; ++i) {
@@ -390,13 +389,16 @@ class Worker {
       tiles[i] = reinterpret_cast<const char*>(copy);
     }
     const int first = begin / 4, last = (end + 3) / 4;
-    multiply_codes_of_store(scores_ + at / 2 + first * 2, kSplit / 2, tiles, args_.dv * 4, first,
+    multiply_codes_of_store(scores_of(head) + at / 2 + first * 2, kSplit / 2, tiles, args_.dv * 4, first,
                             last - first, false, next, width_, out + kHeader, ld_);
   }
 
+  typename Unit::A* queries_of(int head) const { return queries_ + row_of(head) * steps_; }
+  float* scores_of(int head) const { return scores_ + row_of(head) * kSplit; }
+
   // Scores of `columns` keys.
-  void score_keys(int at, int columns, const Tiles& here, const Tiles& next) {
-    if (looks_up()) return score_codes(at, columns, here, next);
+  void score_keys(int head, int at, int columns, const Tiles& here, const Tiles& next) {
+    if (looks_up()) return score_codes(head, at, columns, here, next);
     const char* lanes[kGroup / W];
     const bool direct = format_.expand == nullptr;
     const char* some = here.at[0];  // stands for what no row sees: those scores are masked
@@ -410,13 +412,13 @@ class Worker {
       for (int w = 0; w < kTile; w += W) lanes[(i * kTile + w) / W] = from + w * 4;
     }
     const int64_t stride = 4 * (direct ? args_.block_size : kGroup);
-    product_rows(queries_, steps_, KeyLanes<Unit>{lanes, stride, direct ? &next : nullptr}, steps_,
-                 columns, scores_ + at, kSplit, int(tile_.rows));
+    product_rows(queries_of(head), steps_, KeyLanes<Unit>{lanes, stride, direct ? &next : nullptr},
+                 steps_, columns, scores_of(head) + at, kSplit, int(tile_.rows));
   }
 
-  // Adds the weighted values of a group to `out`.
-  void mix_values(int at, const Tiles& here, const Tiles& next, float* out) {
-    if (looks_up()) return mix_codes(at, here, next, out);
+  // Adds the weighted values of a group to `out`, the rows of a head.
+  void mix_values(int head, int at, const Tiles& here, const Tiles& next, float* out) {
+    if (looks_up()) return mix_codes(head, at, here, next, out);
     constexpr int per = Unit::per_step;
     const int begin = std::max(begin_ - at, 0), end = std::min(end_ - at, kGroup);
     const char* tiles[kTiles];
@@ -425,7 +427,7 @@ class Worker {
                      ? nullptr
                      : find_values(i, here.at[i], begin, end, next.line_of(i));
     const int first = begin / per, last = (end + per - 1) / per;
-    const auto* weights = reinterpret_cast<const typename Unit::A*>(scores_) + at / per;
+    const auto* weights = reinterpret_cast<const typename Unit::A*>(scores_of(head)) + at / per;
     const bool direct = format_.expand == nullptr;
     product_rows(weights + first, kSplit,
                  ValueRows<Unit>{tiles, width_ * 4, first, direct ? &next : nullptr}, last - first,
@@ -458,6 +460,12 @@ class Worker {
   }
 
   // ---- softmax
+
+  // All rows of a head. It is not done for all heads at once, since memory would idle meanwhile.
+  void weigh(int head, int first, int last, float* out) {
+    if (format_.codes) find_scales(head, first);
+    for (int m = row_of(head); m < row_of(head + 1); ++m) softmax(m, first, last, out + m * ld_);
+  }
 
   // Scores of row m over [first, last) -> weights in place (bf16 at the front of the row where the
   // product takes pairs); maximum and sum into the header.
@@ -515,16 +523,20 @@ class Worker {
     return lanes_sum(sum);
   }
 
-  void clear(float* rows) {
-    for (int64_t m = 0; m < tile_.rows; ++m) {
-      std::memset(rows + m * ld_, 0, ld_ * sizeof(float));
-      rows[m * ld_] = -kInfinity;
+  // ---- totals of the rows of heads [from, to)
+
+  void clear(int from, int to) {
+    for (int m = row_of(from); m < row_of(to); ++m) {
+      std::memset(total_ + m * ld_, 0, ld_ * sizeof(float));
+      total_[m * ld_] = -kInfinity;
     }
   }
 
   // total <- total with the rows of one more split.
-  void fold(float* total, const float* more) {
-    for (int64_t m = 0; m < tile_.rows; ++m, total += ld_, more += ld_) {
+  void fold(int from, int to, const float* split) {
+    for (int m = row_of(from); m < row_of(to); ++m) {
+      float* total = total_ + m * ld_;
+      const float* more = split + m * ld_;
       if (more[0] == -kInfinity && more[1] == 0.0f) continue;
       const float top = total[0] > more[0] ? total[0] : more[0];
       const float old = exp1(total[0] - top), young = exp1(more[0] - top);
@@ -535,9 +547,10 @@ class Worker {
     }
   }
 
-  void finish(const float* total) {
+  void finish(int from, int to) {
     T* out = static_cast<T*>(args_.out);
-    for (int64_t m = 0; m < tile_.rows; ++m, total += ld_) {
+    for (int m = row_of(from); m < row_of(to); ++m) {
+      const float* total = total_ + m * ld_;
       float factor = 1.0f / total[1];
       if (args_.sinks) {
         const float sink = args_.sinks[head(m)], top = total[0] > sink ? total[0] : sink;
@@ -568,57 +581,7 @@ class Worker {
   const float *key_scales_[kSplit / W], *value_scales_[kSplit / W];
 };
 
-// ---- planning ---------------------------------------------------------------------------------
-
-struct Plan {
-  std::vector<Tile> tiles;
-  std::vector<Item> items;    // dearest first
-  std::vector<int32_t> parted;  // tiles whose splits are walked by several threads
-  int64_t partial_rows = 0;
-};
-
-void plan_sequence(const Attention& args, int64_t sequence, std::vector<Tile>& tiles) {
-  const int64_t queries = args.query_start[sequence + 1] - args.query_start[sequence];
-  const int64_t group = args.heads / args.kv_heads, rows = queries * group;
-  const int64_t most = std::max<int64_t>(kRows, std::min<int64_t>(group, kMaxRows));
-  const int64_t start = args.seq_lens[sequence] - queries;
-  for (int64_t first = 0; first < rows; first += most) {
-    Tile tile{sequence, 0, first, std::min(most, rows - first), 0, 0, -1};
-    const int64_t at = start + first / group;
-    if (args.window > 0) tile.low = std::max<int64_t>(0, at - args.window + 1);
-    if (args.chunk > 0) tile.low = std::max(tile.low, at / args.chunk * args.chunk);
-    tile.high = start + (first + tile.rows - 1) / group + 1;
-    for (tile.head = 0; tile.head < args.kv_heads; ++tile.head) tiles.push_back(tile);
-  }
-}
-
-// A tile is parted where it alone would keep one thread busy while others have nothing to do.
-Plan make_plan(const Attention& args) {
-  Plan plan;
-  int64_t total = 0;
-  for (int64_t i = 0; i < args.sequences; ++i) plan_sequence(args, i, plan.tiles);
-  for (const Tile& tile : plan.tiles) total += tile.cost();
-  const int64_t threads = num_threads();
-  for (size_t i = 0; i < plan.tiles.size(); ++i) {
-    Tile& tile = plan.tiles[i];
-    const bool parted = threads > 1 && tile.splits() > 1 && tile.cost() * threads * 4 > total;
-    if (!parted) {
-      plan.items.push_back({int32_t(i), -1});
-      continue;
-    }
-    tile.partials = plan.partial_rows;
-    plan.partial_rows += tile.splits() * tile.rows;
-    plan.parted.push_back(int32_t(i));
-    for (int64_t s = 0; s < tile.splits(); ++s) plan.items.push_back({int32_t(i), int32_t(s)});
-  }
-  auto cost = [&plan](const Item& item) {
-    const Tile& tile = plan.tiles[item.tile];
-    return item.split < 0 ? tile.cost() : tile.cost() / tile.splits();
-  };
-  std::stable_sort(plan.items.begin(), plan.items.end(),
-                   [&](const Item& a, const Item& b) { return cost(a) > cost(b); });
-  return plan;
-}
+// ---- running ----------------------------------------------------------------------------------
 
 template <class T, class Unit>
 void run(const Attention& args, const Format& format) {
@@ -633,11 +596,12 @@ void run(const Attention& args, const Format& format) {
       worker.all_splits();
     else
       worker.split(tile.low / kSplit + item.split,
-                   partials.get() + (tile.partials + item.split * tile.rows) * ld, false);
+                   partials.get() + (tile.partials + item.split * tile.all_rows()) * ld, false);
   });
   auto fold = [&](int64_t i) {
-    const Tile& tile = plan.tiles[plan.parted[i]];
-    Worker<T, Unit>(args, tile, format).fold_partials(partials.get() + tile.partials * ld);
+    const Tile& tile = plan.tiles[plan.parted[i].tile];
+    Worker<T, Unit>(args, tile, format)
+        .fold_partials(plan.parted[i].head, partials.get() + tile.partials * ld);
   };
   const int64_t count = int64_t(plan.parted.size());
   if (plan.partial_rows * ld < kSerialFloats)

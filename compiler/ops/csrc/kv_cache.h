@@ -102,8 +102,12 @@ inline float quantize(const float* x, int64_t count, Store store, float fixed, u
 
 // ---- out of a chunk ---------------------------------------------------------------------------
 
+// Into the second-level cache: a line on its way to the first holds one of that cache's few buffers
+// for misses (24 on Zen 4, which at 130 ns is 12 GB/s a core and no more).
 // Inlined by force: GCC takes a function that only prefetches for one without effect.
-inline __attribute__((always_inline)) void fetch(const char* line) { __builtin_prefetch(line); }
+inline __attribute__((always_inline)) void fetch(const char* line) {
+  __builtin_prefetch(line, 0, 2);
+}
 
 // What is read next, line by line; null: nothing.
 struct Lines {
