@@ -99,13 +99,14 @@ struct Weights {
   const float* offset;    // alike, or null
 };
 
-// Lines [first, last) of each step, `distance` bytes on from what is read.
+// Lines [first, last) of each step, `distance` bytes on from what is read, into the second-level
+// cache (linear.cpp says why).
 struct Prefetch {
   int64_t distance;
   int first, last;
   void operator()(const uint32_t* step) const {
     const char* from = reinterpret_cast<const char*>(step) + distance;
-    for (int line = first; line < last; ++line) __builtin_prefetch(from + line * 64);
+    for (int line = first; line < last; ++line) __builtin_prefetch(from + line * 64, 0, 2);
   }
 };
 
