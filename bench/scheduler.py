@@ -21,7 +21,7 @@ from fxlm.runtime.engine import Engine, EngineConfig
 from fxlm.runtime.messages import Output, Tokens, encode
 from fxlm.runtime.request import Request
 from fxlm.runtime.sampling_params import SamplingParams
-from fxlm.runtime.step import StepResult, WorkerSpec
+from fxlm.runtime.step import Done, StepResult, WorkerSpec
 
 CASES = ((1, 0), (8, 0), (32, 0), (128, 0), (256, 0), (128, 1_000), (128, 10_000))
 PROMPT = 200  # tokens
@@ -33,12 +33,13 @@ class NullWorker:
     """Answers token 5 to everything."""
 
     tier = "interpreted"
+    depth = 1
 
     def __init__(self, spec: WorkerSpec) -> None:
         self.spec = spec
 
-    def run(self, batch: Batch) -> StepResult:
-        return StepResult([5] * batch.sizes.rows)
+    def launch(self, batch: Batch) -> Done:
+        return Done(StepResult([5] * batch.sizes.rows))
 
     def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
         raise AssertionError(copies)
@@ -81,7 +82,7 @@ def measure(num_seqs: int, num_waiting: int, steps: int, penalties: bool) -> dic
         engine.batch.fill(plan)
         engine.batch.tensors()
         marks.append(time.perf_counter())
-        result = engine.worker.run(engine.batch)
+        result = engine.worker.launch(engine.batch).result()
         begin = time.perf_counter()
         outputs: list[Output] = []
         engine.commit(plan, result, outputs)

@@ -246,7 +246,7 @@ def _step_times(
             plan = engine.plan()
             assert plan.num_tokens == 1 + length, plan
             started = time.perf_counter()
-            result = engine.launch(plan)
+            result = engine.launch(plan).result()
             if turn >= 2:
                 seconds[length].append(time.perf_counter() - started)
             engine.commit(plan, result, [])

@@ -16,7 +16,7 @@ from torch import fx
 from fxlm.compiler.errors import ContractError
 from fxlm.compiler.program import Program, Role, Stage
 
-STAGES: tuple[Stage, ...] = ("captured", "bound", "paged", "final", "verified")
+STAGES: tuple[Stage, ...] = ("captured", "bound", "paged", "final", "verified", "piece")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,12 +27,13 @@ class Law:
         roles: roles that placeholders may have.
         forbidden: ops that must not stand in the graph.
         num_outputs: values returned: logits alone, or (token_ids, logprobs, logprob_ids, ranks)
-            and, with verification, num_accepted; taps come behind these.
+            and, with verification, num_accepted; taps come behind these. None: as many as the next
+            stage takes.
     """
 
     roles: frozenset[Role]
     forbidden: tuple[str, ...]
-    num_outputs: int
+    num_outputs: int | None
 
 
 _DENSE: frozenset[Role] = frozenset({"step", "weight", "constant"})
@@ -44,6 +45,7 @@ LAWS: dict[Stage, Law] = {
     "paged": Law(roles=_PAGED, forbidden=("fxlm.attention", "fxlm.sample"), num_outputs=1),
     "final": Law(roles=_PAGED, forbidden=("fxlm.attention",), num_outputs=4),
     "verified": Law(roles=_PAGED, forbidden=("fxlm.attention",), num_outputs=5),
+    "piece": Law(roles=_PAGED, forbidden=("fxlm.attention",), num_outputs=None),
 }
 
 
@@ -56,8 +58,8 @@ def check(program: Program) -> None:
             raise ContractError(f"stage {program.stage}: {problem}")
     returned = program.output().args[0]
     count = len(returned) if isinstance(returned, (tuple, list)) else 1
-    wanted = law.num_outputs + len(program.taps)
-    if count != wanted:
+    wanted = (law.num_outputs or 0) + len(program.taps)
+    if law.num_outputs is not None and count != wanted:
         raise ContractError(
             f"stage {program.stage}: the graph returns {count} values, must be {wanted}"
         )

@@ -45,6 +45,7 @@ class CompileOptions:
         steer: modules to whose output requests may add a vector.
         verify: keep the pass `verify` in the column, for speculative decoding.
         ranks, rank: how many ranks share each layer, and which of them this is for.
+        stages, stage: how many parts the layers are cut into, and which of them this is for.
         pack_weights: keep the pass `pack_linears` in the column; None: where it pays.
     """
 
@@ -63,6 +64,8 @@ class CompileOptions:
     verify: bool = False
     ranks: int = 1
     rank: int = 0
+    stages: int = 1
+    stage: int = 0
     pack_weights: bool | None = None
 
     def __post_init__(self) -> None:
@@ -72,6 +75,8 @@ class CompileOptions:
             raise InvalidOption("device", self.device, "use cpu or cuda")
         if not 0 <= self.rank < self.ranks:
             raise InvalidOption("rank", self.rank, f"use 0 to {self.ranks - 1}")
+        if not 0 <= self.stage < self.stages:
+            raise InvalidOption("stage", self.stage, f"use 0 to {self.stages - 1}")
         for name, points in (("tap", self.tap), ("steer", self.steer)):
             if len(set(points)) != len(points):
                 raise InvalidOption(name, ", ".join(points), "name each module once")

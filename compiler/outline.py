@@ -66,7 +66,7 @@ def outline(step: fx.Graph, cut: bool | None = None) -> Outline:
         step: the step graph.
         cut: whether to cut at layers; ``None`` leaves it whole where that compiles sooner.
     """
-    ranks = _ranks(step)
+    ranks = layer_ranks(step)
     plan = _outline(step, ranks)
     if cut is None:
         cut = _cost(plan) < REGION_COST + len(ranks)
@@ -142,7 +142,7 @@ def _name(rank: int, last: int, taken: list[str]) -> str:
 # ---- which node belongs where ----------------------------------------------------------------
 
 
-def _ranks(step: fx.Graph) -> dict[fx.Node, int]:
+def layer_ranks(step: fx.Graph) -> dict[fx.Node, int]:
     """0 before the layers, i + 1 in layer i, and one more after the last."""
     prefix = _layer_list(step)
     layers = layer_numbers(step)

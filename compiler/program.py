@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # symbolic shapes take half a second to import, and serving n
     from torch._subclasses.fake_tensor import FakeTensorMode
 
 Role = Literal["step", "weight", "constant", "cache"]
-Stage = Literal["captured", "bound", "paged", "final", "verified"]
+Stage = Literal["captured", "bound", "paged", "final", "verified", "piece"]
 
 INT64_MAX = 2**63 - 1
 MAX_TOKENS = 1 << 20  # of a step, unless the model itself takes fewer
@@ -348,6 +348,11 @@ class Program:
 
         with self.fake_mode, enable_python_dispatcher():
             yield
+
+
+def received_name(number: int) -> str:
+    """The step input that holds value ``number`` of those the stage before hands on."""
+    return f"received.{number}"
 
 
 def new_fake_mode() -> FakeTensorMode:

@@ -3,13 +3,16 @@
 Here: `Engine`. Not here: text (``outputs``), processes (``service``), who runs next
 (``scheduler``), the model (``worker``).
 
-A step is `plan`, `launch`, `commit`. They are apart so that the next step can be planned and
-launched before the tokens of the last one are read.
+A step is `plan`, `launch`, `commit`. They are apart so that further steps can be planned and
+launched before the tokens of the last one are read: as many as the worker is deep.
 """
 
 import random
 import secrets
 from bisect import bisect_left
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from fxlm.compiler.errors import EngineDead, InvalidRequest, OutOfMemory
@@ -27,7 +30,7 @@ from fxlm.runtime.request import Request
 from fxlm.runtime.scheduler import Chunk, Plan, Policy, Scheduler
 from fxlm.runtime.sequence import Sequence, Status
 from fxlm.runtime.speculator import Speculator
-from fxlm.runtime.step import Alarm, StepResult, Worker
+from fxlm.runtime.step import Alarm, Pending, StepResult, Worker
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +88,9 @@ class Engine:
             self.spec,
             enable_prefix_caching=self.config.enable_prefix_caching,
             policy=self.config.policy,
+            depth=worker.depth,
         )
+        self._flying: deque[tuple[Plan, Pending]] = deque()  # launched, the oldest first
         self.dead: str | None = None
         self._live: dict[str, _Live] = {}
         self._outputs: list[Output] = []  # made outside of a step: aborts
@@ -181,7 +186,7 @@ class Engine:
 
     def has_unfinished(self) -> bool:
         """Whether `step` has anything to do or to tell."""
-        return bool(self._live or self._outputs)
+        return bool(self._live or self._outputs or self._flying)
 
     @property
     def num_unfinished(self) -> int:
@@ -191,7 +196,7 @@ class Engine:
     # --- steps
 
     def step(self) -> list[Output]:
-        """Run one step; gives the news of every sequence that it concerned.
+        """Launch what can be, and commit one step; gives the news of its sequences.
 
         Raises:
             EngineDead: the worker failed; `fail_all` tells what to tell the requests.
@@ -199,23 +204,30 @@ class Engine:
         if self.trouble() is not None:
             raise EngineDead(self.dead)
         outputs, self._outputs = self._outputs, []
-        if not self._live:
-            return outputs
-        plan = self.plan()
-        outputs += self._fail(plan)
-        if plan.num_tokens:
-            self._run(plan, outputs)
-        else:
-            assert plan.failed or plan.num_preempted or not self._live, "nothing can run"
+        while self._live and len(self._flying) < self.worker.depth:
+            plan = self.plan()
+            outputs += self._fail(plan)
+            if not plan.num_tokens:
+                idle = plan.failed or plan.num_preempted or self._flying or not self._live
+                assert idle, "nothing can run"
+                break
+            with self._whole(plan, outputs):
+                self._flying.append((plan, self.launch(plan)))
+        if self._flying:
+            plan, pending = self._flying[0]
+            with self._whole(plan, outputs):
+                result = pending.result()
+                self._flying.popleft()
+                self.commit(plan, result, outputs)
         if self.config.check:
             self.scheduler.check()
         return outputs
 
-    def _run(self, plan: Plan, outputs: list[Output]) -> None:
-        """Launch and commit; whatever happens, no sequence is left half stepped."""
+    @contextmanager
+    def _whole(self, plan: Plan, outputs: list[Output]) -> Iterator[None]:
+        """Whatever happens within, no sequence of the plan is left half stepped."""
         try:
-            result = self.launch(plan)
-            self.commit(plan, result, outputs)
+            yield
         except OutOfMemory as error:
             outputs += self._lose(plan, str(error))
         except Exception as error:
@@ -237,26 +249,40 @@ class Engine:
             self._live[fork.request.request_id].sequences.append(fork)
         return plan
 
-    def launch(self, plan: Plan) -> StepResult:
-        """Run a plan on the worker."""
+    def launch(self, plan: Plan) -> Pending:
+        """Let the worker run a plan."""
         if self.speculator is not None:
             self.speculator.start()
         self.batch.fill(plan)
         self.batch.points = self.points.fill(plan)
         if plan.copies:
             self.worker.copy_blocks(plan.copies)
-        result = self.worker.run(self.batch)
+        self._fly(plan, True)
+        pending = self.worker.launch(self.batch)
         if self.speculator is not None:
             self.speculator.stop(plan)
-        return result
+        return pending
+
+    def _fly(self, plan: Plan, flying: bool) -> None:
+        """Note which sequences no other plan may hold; with one plan at a time, nobody asks."""
+        if self.worker.depth > 1:
+            for sequence in plan.sequences():
+                sequence.flying = flying
 
     def commit(self, plan: Plan, result: StepResult, outputs: list[Output]) -> None:
-        """Append the tokens of a step, index full blocks, finish what ended."""
+        """Append the tokens of a step, index full blocks, finish what ended.
+
+        What was aborted while the step flew is passed over.
+        """
         self._count(plan.num_tokens)
+        self._fly(plan, False)
         block_size = self.spec.block_size
         accepted = result.num_accepted
         row = 0
         for group, sequence in enumerate(plan.decodes):
+            if sequence.status is Status.FINISHED:
+                row += 1 + len(sequence.drafts)
+                continue
             count = 1 if accepted is None else accepted[group]
             output = self._append(sequence, row, count, result)
             added = len(output.token_ids)
@@ -287,8 +313,9 @@ class Engine:
     ) -> int:
         """Gives the first row of the next chunk."""
         sequence = chunk.sequence
-        sequence.num_computed += chunk.num_tokens
-        self.scheduler.commit_blocks(sequence, chunk.start, sequence.num_computed)
+        if sequence.status is not Status.FINISHED:
+            sequence.num_computed += chunk.num_tokens
+            self.scheduler.commit_blocks(sequence, chunk.start, sequence.num_computed)
         if chunk.num_scores:
             columns = sequence.params.prompt_logprobs or 0
             for score in range(row, row + chunk.num_scores):
@@ -296,6 +323,9 @@ class Engine:
             sequence.num_scored += chunk.num_scores
             row += chunk.num_scores
         for draw in chunk.draws:
+            if draw.status is Status.FINISHED:
+                row += 1
+                continue
             output = self._append(draw, row, 1, result)
             if draw.params.taps:
                 self.points.give(draw, output)

@@ -125,14 +125,18 @@ def column_of(options: CompileOptions, **settings: dict[str, Any]) -> list[Graph
             raise InvalidOption("--disable-pass", name, "the engine cannot run without it")
     if options.ranks > 1 and "shard" in options.disabled:
         raise InvalidOption("--disable-pass", "shard", "several ranks stand on it")
+    if options.stages > 1 and "cut_stages" in options.disabled:
+        raise InvalidOption("--disable-pass", "cut_stages", "several stages stand on it")
     if options.verify and "verify" in options.disabled:
         raise InvalidOption("--disable-pass", "verify", "speculative decoding stands on it")
     settings |= {"steer": {"points": options.steer}, "tap": {"points": options.tap}}
     cached = {"cache_dtype": resolve_cache_dtype(options.kv_cache_dtype)}
     settings["paged_attention"] = {**cached, **settings.get("paged_attention", {})}
     settings["shard"] = {"ranks": options.ranks, "rank": options.rank}
+    settings["cut_stages"] = {"stages": options.stages, "stage": options.stage}
     settings["quantize"] = {"quantization": options.quantization}
     wanted = {
+        "cut_stages": options.stages > 1,
         "pack_linears": options.pack_weights,
         "quantize": options.quantization is not None,
         "shard": options.ranks > 1,

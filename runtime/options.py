@@ -178,6 +178,8 @@ def compile_options(options: EngineOptions, rank: int = 0) -> CompileOptions:
         verify=options.speculative_config is not None,
         ranks=options.tensor_parallel_size,
         rank=rank % options.tensor_parallel_size,
+        stages=options.pipeline_parallel_size,
+        stage=rank // options.tensor_parallel_size,
     )
 
 

@@ -9,6 +9,10 @@ free blocks go, then to the others in chunks, then to waiting ones, oldest first
 sequence is given the blocks of all its tokens when it is admitted, so that only decoding asks for
 more; when there are none, the youngest running sequence gives its own back and waits again, in
 front of everyone who came after it. The oldest therefore always goes on, and everyone finishes.
+
+Several steps may be launched before the first is committed (pipeline stages). A sequence is in one
+of them at most: while it flies it is neither planned nor preempted, and whoever needs its blocks
+waits until it has landed. Each step then takes its share of the sequences that decode.
 """
 
 import heapq
@@ -93,9 +97,11 @@ class Scheduler:
         enable_prefix_caching: bool = True,
         policy: Policy = "fcfs",
         prefix_key: bytes | None = None,
+        depth: int = 1,
     ) -> None:
         self.spec = spec
         self.policy = policy
+        self.depth = depth
         self.pool = BlockPool(
             spec.num_blocks, spec.block_size, enable_caching=enable_prefix_caching, key=prefix_key
         )
@@ -185,9 +191,13 @@ class Scheduler:
         if self.spec.max_drafts:
             spare = self.draft_budget
         budget = self.spec.max_num_batched_tokens
+        if self.depth > 1:
+            budget = min(budget, -(-len(self.running) // self.depth))
         block_size = self.spec.block_size
         refs = self.pool.refs
         for sequence in self.running[:]:
+            if sequence.flying:
+                continue
             computed = sequence.num_computed
             if len(sequence.token_ids) != computed + 1 or sequence.num_forks:
                 if self._reserve_tail(plan, sequence):
@@ -245,13 +255,15 @@ class Scheduler:
         """
         needed = -(-len(sequence.token_ids) // self.spec.block_size)
         while sequence.status is Status.RUNNING and len(sequence.blocks) < needed:
-            self._reserve(plan, sequence, len(sequence.blocks))
+            if not self._reserve(plan, sequence, len(sequence.blocks)):
+                return False
         return sequence.status is Status.RUNNING
 
     def _reserve(self, plan: Plan, sequence: Sequence, block: int) -> bool:
         """Give a sequence the block that a token of it is written to, all its own.
 
-        False: it lost its blocks (it is the youngest), or it can never go on.
+        False: it lost its blocks (it is the youngest), it can never go on, or it has to wait for
+        steps that were launched.
         """
         while self.pool.num_available == 0:
             if self._is_own(sequence, block):  # the other holder of the block was preempted
@@ -259,7 +271,9 @@ class Scheduler:
             if len(self.running) == 1:
                 self._fail(plan, sequence, len(sequence.token_ids))
                 return False
-            victim = max(self.running, key=_age)
+            victim = max((s for s in self.running if not s.flying), key=_age)
+            if victim is sequence and any(s.flying for s in self.running):
+                return False
             self._preempt(plan, victim)
             if victim is sequence:
                 return False

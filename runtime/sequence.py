@@ -40,6 +40,7 @@ class Sequence:
         stop_ids: token that ends the output -> stop reason reported.
         max_total: it ends at this many tokens.
         num_forks: completions of the same prompt still to be split off.
+        flying: it has a part in a step that was launched and not committed.
         adjust: penalties and biases, made by the batch when first needed.
     """
 
@@ -48,6 +49,7 @@ class Sequence:
         "blocks",
         "digests",
         "drafts",
+        "flying",
         "has_adjust",
         "index",
         "max_total",
@@ -93,6 +95,7 @@ class Sequence:
         self.num_forks = params.n - 1 if index == 0 else 0
         self.scheduled = 0.0
         self.status = Status.WAITING
+        self.flying = False
         self.slot = NO_SLOT
         self.blocks: list[int] = []
         self.digests: list[bytes] = []

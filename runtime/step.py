@@ -97,10 +97,28 @@ class StepResult:
     taps: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
+class Pending(Protocol):
+    """A step that was launched."""
+
+    def result(self) -> StepResult:
+        """Wait until its tokens are on the host. Steps end in the order of their launch."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A step that was over when its launch returned."""
+
+    value: StepResult
+
+    def result(self) -> StepResult:
+        return self.value
+
+
 class Worker(Protocol):
     """Runs steps.
 
-    `OutOfMemory` raised by `run` or `copy_blocks` fails the requests of that step; any other
+    `OutOfMemory` raised by `launch` or `copy_blocks` fails the requests of that step; any other
     exception ends the engine.
     """
 
@@ -108,16 +126,21 @@ class Worker(Protocol):
     def spec(self) -> WorkerSpec: ...
 
     @property
+    def depth(self) -> int:
+        """Most steps that are worth launching before the first one's result is read."""
+        ...
+
+    @property
     def tier(self) -> str:
         """What runs its steps: ``compiled`` or ``interpreted`` code."""
         ...
 
-    def run(self, batch: "Batch") -> StepResult:
-        """Run the step that ``batch`` holds; blocks until its tokens are on the host."""
+    def launch(self, batch: "Batch") -> Pending:
+        """Run the step that ``batch`` holds, or begin to; the batch can then be filled anew."""
         ...
 
     def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
-        """Copy whole blocks (source, destination) in every layer, before the step.
+        """Copy whole blocks (source, destination) in every layer, before the next step.
 
         Destinations are distinct; a source is read before any destination is written.
         """

@@ -24,7 +24,7 @@ from fxlm.runtime.drafting import compile_draft, make_speculator
 from fxlm.runtime.engine import Engine, EngineConfig
 from fxlm.runtime.memory import MemoryPlan, plan_memory
 from fxlm.runtime.options import EngineOptions
-from fxlm.runtime.step import StepResult, WorkerSpec
+from fxlm.runtime.step import Done, StepResult, WorkerSpec
 from fxlm.runtime.tiers import check_same, first_tier
 
 _log = logging.getLogger(__name__)
@@ -38,6 +38,8 @@ class ModelWorker:
         weights: prepared, by name.
         spec: sizes; KV memory is allocated here, all of it, and touched only when used.
     """
+
+    depth = 1  # a step is over when its launch returns
 
     def __init__(
         self, artifact: Artifact, weights: Mapping[str, torch.Tensor], spec: WorkerSpec
@@ -88,7 +90,11 @@ class ModelWorker:
         """Run the step that ``batch`` holds; its tokens are on the host when this returns."""
         if self._next is not None:
             self._step, self._next = self._next, None
-        return self.result(self.step(batch.tensors()), batch)
+        return self.result(self.step(batch.tensors()), batch.wants_logprobs)
+
+    def launch(self, batch: Batch) -> Done:
+        """`run`, as the engine wants it."""
+        return Done(self.run(batch))
 
     def step(self, tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         """Run a step on these inputs (on the CPU); gives the results of the graph."""
@@ -101,7 +107,7 @@ class ModelWorker:
             tokens = tensors["input_ids"].shape[1]
             raise OutOfMemory(f"a step of {tokens} tokens ran out of memory: {error}") from error
 
-    def result(self, values: Sequence[torch.Tensor], batch: Batch) -> StepResult:
+    def result(self, values: Sequence[torch.Tensor], wants_logprobs: bool) -> StepResult:
         """The results of a step on the host; log-probabilities where a row asks."""
         ids, logprobs, logprob_ids, ranks, *more = values
         result = StepResult(token_ids=ids.tolist())
@@ -110,7 +116,7 @@ class ModelWorker:
         result.taps = dict(
             zip(self._spec.taps, more[len(more) - len(self._spec.taps) :], strict=True)
         )
-        if batch.wants_logprobs:
+        if wants_logprobs:
             result.logprobs = logprobs.cpu().numpy()
             result.logprob_ids = logprob_ids.cpu().numpy()
             result.ranks = ranks.cpu().numpy()

@@ -77,6 +77,18 @@ def expect(request: Request, index: int = 0, max_model_len: int = 64) -> list[in
     return output
 
 
+class FakeStep:
+    """A step whose result is read in the order of launches."""
+
+    def __init__(self, worker: "FakeWorker", value: StepResult) -> None:
+        self.worker = worker
+        self.value = value
+
+    def result(self) -> StepResult:
+        assert self.worker.flying.pop(0) is self
+        return self.value
+
+
 class FakeWorker:
     """Runs a batch on the fake model.
 
@@ -85,6 +97,7 @@ class FakeWorker:
         delay_s: how long a step takes at least (a stand-in for compute in tests of processes).
         die_at: step at which the process exits without a word.
         fault: exceptions to raise, by step number.
+        depth: steps that may be launched before the first one's result is read.
     """
 
     def __init__(
@@ -94,8 +107,12 @@ class FakeWorker:
         delay_s: float = 0.0,
         die_at: int = -1,
         fault: dict[int, Exception] | None = None,
+        depth: int = 1,
     ) -> None:
         self.spec = sizes
+        self.depth = depth
+        self.flying: list[FakeStep] = []
+        self.most_flying = 0
         self.tier = "interpreted"
         self.tokens = np.full(sizes.num_blocks * sizes.block_size, -1, np.int64)
         self.positions = self.tokens.copy()
@@ -113,6 +130,12 @@ class FakeWorker:
             blocks = kept.reshape(-1, size)
             blocks[[target for _, target in copies]] = blocks[[source for source, _ in copies]]
         self.num_copies += len(copies)
+
+    def launch(self, batch: Batch) -> "FakeStep":
+        assert len(self.flying) < self.depth
+        self.flying.append(FakeStep(self, self.run(batch)))
+        self.most_flying = max(self.most_flying, len(self.flying))
+        return self.flying[-1]
 
     def run(self, batch: Batch) -> StepResult:
         self.num_steps += 1

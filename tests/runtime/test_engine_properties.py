@@ -62,6 +62,14 @@ sizes = st.fixed_dictionaries(
         "max_drafts": st.integers(0, 4),
     }
 )
+depths = st.integers(1, 3)
+
+
+def worker_of(sizes: dict[str, int], depth: int) -> FakeWorker:
+    """Steps fly only where nothing is drafted."""
+    return FakeWorker(
+        spec(max_model_len=CONTEXT, **sizes), depth=1 if sizes["max_drafts"] else depth
+    )
 
 
 def make(worker: FakeWorker, caching: bool) -> Engine:
@@ -75,9 +83,9 @@ def make(worker: FakeWorker, caching: bool) -> Engine:
 class EngineMachine(RuleBasedStateMachine):
     """Requests come, steps run, clients leave."""
 
-    @initialize(sizes=sizes, caching=st.booleans())
-    def start(self, sizes: dict[str, int], caching: bool) -> None:
-        self.worker = FakeWorker(spec(max_model_len=CONTEXT, **sizes))
+    @initialize(sizes=sizes, caching=st.booleans(), depth=depths)
+    def start(self, sizes: dict[str, int], caching: bool, depth: int) -> None:
+        self.worker = worker_of(sizes, depth)
         self.engine = make(self.worker, caching)
         self.requests: dict[str, Request] = {}
         self.got: dict[tuple[str, int], list[int]] = {}
@@ -140,12 +148,14 @@ TestEngine = EngineMachine.TestCase
 
 
 @settings(max_examples=60, deadline=None)
-@given(wanted=st.lists(requests(), min_size=1, max_size=10), sizes=sizes, data=st.data())
+@given(
+    wanted=st.lists(requests(), min_size=1, max_size=10), sizes=sizes, depth=depths, data=st.data()
+)
 def test_every_request_finishes_in_bounded_steps(
-    wanted: list[Request], sizes: dict[str, int], data: st.DataObject
+    wanted: list[Request], sizes: dict[str, int], depth: int, data: st.DataObject
 ) -> None:
     """Each step runs at least one token, and a token runs again only after a preemption."""
-    worker = FakeWorker(spec(max_model_len=CONTEXT, **sizes))
+    worker = worker_of(sizes, depth)
     engine = make(worker, caching=True)
     total = 0
     for number, request in enumerate(wanted):
