@@ -350,9 +350,23 @@ class Program:
             yield
 
 
+_RECEIVED = "received."
+
+
 def received_name(number: int) -> str:
     """The step input that holds value ``number`` of those the stage before hands on."""
-    return f"received.{number}"
+    return f"{_RECEIVED}{number}"
+
+
+def received(program: Program) -> list[tuple[str, str, list[int | str]]]:
+    """Name, dtype and shape of what the stage before hands on, in order; "T": tokens."""
+    found = []
+    for node in program.placeholders("step"):
+        name, value = program.inputs[node.name].source, node.meta["val"]
+        if name.startswith(_RECEIVED):
+            shape = [s if isinstance(s, int) else "T" for s in value.shape]
+            found.append((name, str(value.dtype).removeprefix("torch."), shape))
+    return sorted(found, key=lambda item: int(item[0].removeprefix(_RECEIVED)))
 
 
 def new_fake_mode() -> FakeTensorMode:

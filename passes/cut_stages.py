@@ -17,6 +17,7 @@ it: rank t of a stage hands on to rank t of the next. Not here: sending (`fxlm.r
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections.abc import Sequence
@@ -129,7 +130,7 @@ def _assign(
     found = {n: of_rank[ranks[n]] for n in moving}
     for node in moving:
         if node.target is operator.getitem:
-            found[node] = found.get(node.args[0], found[node])  # type: ignore[call-overload]
+            found[node] = found[node.all_input_nodes[0]]
     return found
 
 
@@ -167,7 +168,7 @@ def balanced(costs: Sequence[int], parts: int) -> list[tuple[int, int]]:
             )
         best = found
     ends = best[count][1]
-    return list(zip(ends[:-1], ends[1:], strict=True))
+    return list(itertools.pairwise(ends))
 
 
 def _alive(moving: Sequence[fx.Node], stage_of: dict[fx.Node, int], stage: int) -> list[fx.Node]:

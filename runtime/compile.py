@@ -25,7 +25,7 @@ from fxlm.compiler.artifact import Artifact, dtype_name
 from fxlm.compiler.cache import cache_directory
 from fxlm.compiler.errors import InvalidOption
 from fxlm.compiler.options import CompileOptions
-from fxlm.compiler.program import Program
+from fxlm.compiler.program import Program, received
 from fxlm.models.checkpoint import Checkpoint, open_checkpoint
 from fxlm.runtime import machine
 from fxlm.runtime.cache import (
@@ -44,7 +44,7 @@ _log = logging.getLogger(__name__)
 Report = Callable[[str, float], None]
 OnGraph = Callable[[Artifact], None]
 
-SHARD = "shard"  # the pass behind which the ranks' programs differ
+PARTING = ("shard", "cut_stages")  # from the first of these on, the ranks' programs differ
 # What an artifact's directory holds, and nothing else.
 PARTS = {
     artifacts.MANIFEST,
@@ -295,12 +295,12 @@ class _Compiler:
                 artifacts.write_manifest(work, self.manifest(target, program, cut, plan))
 
     def program(self) -> Program:
-        """Capture and run the column; up to `shard` once for all ranks."""
+        """Capture and run the column; once for all ranks as far as they have it in common."""
         from fxlm.compiler.pipeline import run
 
         column = column_of(resolved(self.checkpoint, self.options)[0])
         names = [item.name for item in column]
-        shared = names.index(SHARD) if SHARD in names else len(names)
+        shared = min((names.index(n) for n in PARTING if n in names), default=len(names))
         if self.prefix.program is None:
             start = front(self.checkpoint, self.options, self.stage)
             with self.stage("passes"):
@@ -354,11 +354,12 @@ class _Compiler:
             "checkpoint": self.checkpoint.digest(),
             "weights": {name: weights[name] for name in cut.prepared},
             "activations": activation_costs(program, plan),
-            "communication": sent_per_step(program),
+            "communication": sent_per_step(program, self.options.ranks),
             "caches": [
                 {"num_kv_heads": c.num_kv_heads, "key_dim": c.key_dim, "value_dim": c.value_dim,
                  "dtype": dtype_name(c.dtype)} for c in program.caches
             ],
+            "received": received(program),
             "step_inputs": [
                 [n, s.role, s.source, s.layer] for n, s in cut.step_inputs.items()
             ],

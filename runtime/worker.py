@@ -86,15 +86,11 @@ class ModelWorker:
         return caches
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> StepResult:
+    def launch(self, batch: Batch) -> Done:
         """Run the step that ``batch`` holds; its tokens are on the host when this returns."""
         if self._next is not None:
             self._step, self._next = self._next, None
-        return self.result(self.step(batch.tensors()), batch.wants_logprobs)
-
-    def launch(self, batch: Batch) -> Done:
-        """`run`, as the engine wants it."""
-        return Done(self.run(batch))
+        return Done(self.result(self.step(batch.tensors()), batch.wants_logprobs))
 
     def step(self, tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         """Run a step on these inputs (on the CPU); gives the results of the graph."""

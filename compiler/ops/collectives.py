@@ -145,13 +145,11 @@ def sent_bytes(graph: fx.Graph, ranks: int, sizes: dict[Any, int]) -> int:
     return total
 
 
-def sent_per_step(program: Program) -> dict[str, int]:
-    """Collectives of a step, and bytes that each rank sends per token and per logits row."""
+def sent_per_step(program: Program, ranks: int) -> dict[str, int]:
+    """Collectives of a step over ``ranks``, and bytes that each sends per token and logits row."""
     found = list(collectives(program.graph))
     if not found:
         return {"count": 0, "per_token": 0, "per_row": 0}
-    gathers = [n for n in found if n.target is torch.ops.fxlm.all_gather.default]
-    ranks: Any = gathers[0].args[2]
     tokens, rows = (program.symbol(name).node.expr for name in ("T", "R"))
     neither = sent_bytes(program.graph, ranks, {tokens: 0, rows: 0})
     token = sent_bytes(program.graph, ranks, {tokens: 1, rows: 0})

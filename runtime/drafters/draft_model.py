@@ -162,7 +162,7 @@ class ModelDrafter(Drafter):
         self.batch.fill(plan)
         if plan.copies:
             self.worker.copy_blocks(plan.copies)
-        token_ids = self.worker.run(self.batch).token_ids
+        token_ids = self.worker.launch(self.batch).result().token_ids
         drawn = list(plan.decodes)
         for sequence, count in plan.items:
             sequence.num_computed += count

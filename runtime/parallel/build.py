@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import time
 import weakref
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 from fxlm.compiler.errors import EngineDead
 from fxlm.runtime.batch import Batch
@@ -32,15 +34,17 @@ from fxlm.runtime.parallel.messages import (
 from fxlm.runtime.parallel.place import place_of
 from fxlm.runtime.parallel.ranks import Ranks
 from fxlm.runtime.parallel.start import start_processes
-from fxlm.runtime.step import StepResult, WorkerSpec
+from fxlm.runtime.step import Done, Pending, StepResult, WorkerSpec
 
 
 class ParallelWorker:
-    """Runs each step on all ranks; the result is rank 0's."""
+    """Runs each step on all ranks; with several stages, as many steps at once."""
 
     def __init__(self, member: Member, ranks: Ranks) -> None:
         self.member = member
         self.ranks = ranks
+        self.depth = member.place.stages
+        self.num_flying = 0
 
     @property
     def spec(self) -> WorkerSpec:
@@ -52,26 +56,58 @@ class ParallelWorker:
         """What runs the steps of rank 0, and of the others alike."""
         return self.member.worker.tier
 
-    def run(self, batch: Batch) -> StepResult:
-        """Run the step that ``batch`` holds.
+    def launch(self, batch: Batch) -> Pending:
+        """Let every rank run the step that ``batch`` holds; returns when rank 0 has run its part.
 
         Raises:
             EngineDead: a rank was lost; says which and why.
         """
-        tensors = batch.tensors()
+        tensors, wants = batch.tensors(), batch.wants_logprobs
+        with self._explained(1 if self.depth > 1 else 0):
+            self.ranks.send_step(tensors)
+            values = self.member.run(tensors)
+            if self.depth == 1:
+                return Done(self.member.worker.result(values, wants))
+        return Flight(self, batch.sizes.rows, wants)
+
+    def land(self, rows: int, wants_logprobs: bool) -> StepResult:
+        """The result of the oldest step in flight.
+
+        Raises:
+            EngineDead: as for `launch`.
+        """
+        with self._explained(-1):
+            return self.member.worker.result(self.member.drawn(rows), wants_logprobs)
+
+    @contextmanager
+    def _explained(self, flying: int) -> Iterator[None]:
+        """Within, ranks are busy; ``flying`` is how many more steps are in flight behind it."""
         self.ranks.set_busy(True)
         try:
-            self.ranks.send_step(tensors)
-            return self.member.worker.result(self.member.run(tensors, 1), batch)
+            yield
         except EngineDead as error:
             raise EngineDead(self.ranks.explain(str(error))) from error
         finally:
-            self.ranks.set_busy(False)
+            self.num_flying += flying
+            self.ranks.set_busy(self.num_flying > 0)
 
     def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
         """Copy blocks on every rank."""
         self.ranks.send(Copy(copies))
         self.member.worker.copy_blocks(copies)
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A step that is somewhere between the stages."""
+
+    worker: ParallelWorker
+    rows: int
+    wants_logprobs: bool
+
+    def result(self) -> StepResult:
+        """Wait for the last stage."""
+        return self.worker.land(self.rows, self.wants_logprobs)
 
 
 def build_parallel(

@@ -7,6 +7,7 @@ it is told alone. Not here: who the ranks are (``place``), how they are started 
 
 from __future__ import annotations
 
+from collections import deque
 from datetime import timedelta
 from typing import Any
 
@@ -32,6 +33,7 @@ class RankGroup:
         self.rank = rank
         self.size = size
         self.timeout_s = timeout_s
+        self._sending: deque[tuple[Any, torch.Tensor]] = deque()
 
     def all_reduce(self, x: torch.Tensor) -> None:
         """Sum over the ranks, in place."""
@@ -48,17 +50,25 @@ class RankGroup:
         return parts
 
     def send(self, x: torch.Tensor, to: int) -> None:
-        """Hand ``x`` to another rank of the group; returns when it is on its way."""
-        self._wait("send", self._backend.send([x.contiguous()], to, 0))
+        """Hand ``x`` to another rank of the group; returns at once, ``x`` must not change.
+
+        A rank takes what is sent to it when it comes to it, so this one must not wait for it:
+        if it is lost, whoever waits for results finds out.
+        """
+        x = x.contiguous()
+        while self._sending and self._sending[0][0].is_completed():
+            self._sending.popleft()
+        self._sending.append((self._backend.send([x], to, self.rank), x))
 
     def receive(self, x: torch.Tensor, source: int) -> None:
-        """Fill ``x`` with what rank ``source`` sends."""
-        self._wait("receive", self._backend.recv([x], source, 0))
+        """Fill ``x`` with what rank ``source`` sends; from one rank, things come in order."""
+        work = self._backend.recv([x], source, source)
+        self._wait("receive", work, timedelta(seconds=self.timeout_s))
 
-    def _wait(self, name: str, work: Any) -> None:
+    def _wait(self, name: str, work: Any, *timeout: timedelta) -> None:
         """Raises EngineDead where the other ranks are gone or silent."""
         try:
-            work.wait()
+            work.wait(*timeout)
         except RuntimeError as error:  # Gloo's and NCCL's own classes derive from it
             first = str(error).strip().splitlines()[0]
             raise EngineDead(

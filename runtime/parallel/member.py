@@ -38,8 +38,8 @@ class Member:
         self.options = options
         self.place = place
         self.local_ranks = local_ranks
-        self._groups: list[RankGroup] = []
         self._tensor_group: RankGroup | None = None
+        self._line: RankGroup | None = None  # of all ranks, where there are several stages
 
     def plan(self, compilation: Compilation) -> MemoryPlan:
         """Take the rank's artifact; gives what it has memory for."""
@@ -56,28 +56,73 @@ class Member:
         place, device = self.place, self.worker.device.type
         shared = open_store(store, place.size)
         if place.tensor_size > 1:
-            name = f"{TENSOR_GROUP}/{place.stage}"
-            group = join(
-                shared, name, place.tensor_rank, place.tensor_size, device, MEETING_S, host
-            )
-            self._tensor_group = group
-            self._groups.append(group)
-        self.run(idle_step(), 1)
-        for group in self._groups:
-            group.timeout_s = float(self.options.distributed_timeout_seconds)
+            name, rank, size = f"{TENSOR_GROUP}/{place.stage}", place.tensor_rank, place.tensor_size
+            self._tensor_group = join(shared, name, rank, size, device, MEETING_S, host)
+        if place.stages > 1:
+            self._line = join(shared, "line", place.rank, place.size, device, MEETING_S, host)
+        self.run(idle_step())
+        if place.rank == 0 and self._line is not None:
+            self.drawn(1)
+        for group in (self._tensor_group, self._line):
+            if group is not None:
+                group.timeout_s = float(self.options.distributed_timeout_seconds)
 
-    def run(self, tensors: Mapping[str, torch.Tensor], parts: int) -> list[torch.Tensor]:
-        """Run a step together with the other ranks.
+    def run(self, tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """Run this rank's part of a step, and hand on what comes out of it.
+
+        Returns:
+            What the graph gave: tokens, if there is one stage.
 
         Raises:
             EngineDead: other ranks are gone, or this one ran out of memory: they then wait for it
                 in vain.
         """
         use_group(TENSOR_GROUP, self._tensor_group)  # another engine of this process has its own
+        place, line = self.place, self._line
         try:
-            return self.worker.step(tensors)
+            if line is None:
+                return self.worker.step(tensors)
+            values = self.worker.step({**tensors, **self._received(line, tensors)})
         except OutOfMemory as error:
             raise EngineDead(f"one of several ranks cannot fail alone: {error}") from error
+        target = place.rank + place.tensor_size
+        if not place.is_last or place.rank == place.drawing:
+            for value in values:
+                line.send(value, 0 if place.is_last else target)
+        return values
+
+    def _received(
+        self, line: RankGroup, tensors: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """What the stage before hands on."""
+        found = {}
+        num_tokens = tensors["input_ids"].shape[1]
+        for name, kind, shape in self.compilation.artifact.manifest["received"]:
+            sizes = [num_tokens if size == "T" else size for size in shape]
+            found[name] = self._empty(sizes, getattr(torch, kind))
+            line.receive(found[name], self.place.rank - self.place.tensor_size)
+        return found
+
+    def drawn(self, rows: int) -> list[torch.Tensor]:
+        """On rank 0: the results of the oldest step that the last stage has not told yet.
+
+        Args:
+            rows: of logits, of that step.
+        """
+        assert self._line is not None
+        columns = self.compilation.artifact.manifest["model"]["max_logprobs"] + 1
+        results = [
+            self._empty([rows], torch.int64),
+            self._empty([rows, columns], torch.float32),
+            self._empty([rows, columns], torch.int64),
+            self._empty([rows], torch.int64),
+        ]
+        for result in results:
+            self._line.receive(result, self.place.drawing)
+        return results
+
+    def _empty(self, sizes: list[int], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(sizes, dtype=dtype, device=self.worker.device)
 
 
 def open_store(store: str, size: int) -> c10d.Store:

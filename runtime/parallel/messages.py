@@ -63,7 +63,6 @@ class Run(msgspec.Struct, tag=True, frozen=True):
     """Run a step; the tensors follow, a frame each: name, dtype and shape."""
 
     tensors: list[tuple[str, str, list[int]]]
-    parts: int = 1
 
 
 class Copy(msgspec.Struct, tag=True, frozen=True):
@@ -124,13 +123,13 @@ encode = msgspec.msgpack.encode
 decode_news = _news.decode
 
 
-def pack_step(tensors: Mapping[str, torch.Tensor], parts: int = 1) -> list[bytes]:
+def pack_step(tensors: Mapping[str, torch.Tensor]) -> list[bytes]:
     """The frames of a step: the message, then the bytes of each tensor (CPU, contiguous)."""
     kinds = [
         (name, str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in tensors.items()
     ]
     return [
-        encode(Run(kinds, parts)),
+        encode(Run(kinds)),
         *(t.contiguous().numpy().tobytes() for t in tensors.values()),
     ]
 

@@ -12,7 +12,6 @@ from fxlm.runtime.options import EngineOptions
 
 # What one rank alone can do, and the value that asks for nothing of it.
 _ALONE = {
-    "pipeline_parallel_size": 1,
     "tap": (),
     "steer": (),
     "speculative_config": None,
@@ -49,6 +48,16 @@ class Place:
     def stage(self) -> int:
         """Which layers the rank has."""
         return self.rank // self.tensor_size
+
+    @property
+    def is_last(self) -> bool:
+        """Whether its stage draws the tokens."""
+        return self.stage == self.stages - 1
+
+    @property
+    def drawing(self) -> int:
+        """The rank whose draws count."""
+        return (self.stages - 1) * self.tensor_size
 
 
 def place_of(options: EngineOptions, rank: int = 0) -> Place:

@@ -86,8 +86,8 @@ def _loop(context: zmq.Context[zmq.Socket[bytes]], spec: RankSpec, teller: Telle
             case Join():
                 member.join(spec.store, spec.host)
                 teller.tell(Joined(spec.rank))
-            case Run(parts=parts):
-                member.run(tensors, parts)
+            case Run():
+                member.run(tensors)
             case Copy(pairs):
                 member.worker.copy_blocks(pairs)
             case Leave():

@@ -105,9 +105,9 @@ class Ranks:
         """Give every rank an order."""
         self._send(order_frames(order))
 
-    def send_step(self, tensors: Mapping[str, torch.Tensor], parts: int = 1) -> None:
+    def send_step(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Let every rank run a step."""
-        self._send(pack_step(tensors, parts))
+        self._send(pack_step(tensors))
 
     def _send(self, frames: Sequence[bytes]) -> None:
         for rank in range(1, self.size):
