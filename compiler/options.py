@@ -45,6 +45,7 @@ class CompileOptions:
         steer: modules to whose output requests may add a vector.
         verify: keep the pass `verify` in the column, for speculative decoding.
         ranks, rank: how many ranks share each layer, and which of them this is for.
+        sequence_parallel: between linears each rank has its share of a step's tokens alone.
         pack_weights: keep the pass `pack_linears` in the column; None: where it pays.
     """
 
@@ -63,6 +64,7 @@ class CompileOptions:
     verify: bool = False
     ranks: int = 1
     rank: int = 0
+    sequence_parallel: bool = False
     pack_weights: bool | None = None
 
     def __post_init__(self) -> None:

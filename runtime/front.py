@@ -130,7 +130,10 @@ def column_of(options: CompileOptions, **settings: dict[str, Any]) -> list[Graph
     settings |= {"steer": {"points": options.steer}, "tap": {"points": options.tap}}
     cached = {"cache_dtype": resolve_cache_dtype(options.kv_cache_dtype)}
     settings["paged_attention"] = {**cached, **settings.get("paged_attention", {})}
-    settings["shard"] = {"ranks": options.ranks, "rank": options.rank}
+    settings["shard"] = {
+        "ranks": options.ranks, "rank": options.rank,
+        "sequence_parallel": options.sequence_parallel,
+    }  # fmt: skip
     settings["quantize"] = {"quantization": options.quantization}
     wanted = {
         "pack_linears": options.pack_weights,
