@@ -46,6 +46,7 @@ class CompileOptions:
         verify: keep the pass `verify` in the column, for speculative decoding.
         ranks, rank: how many ranks share each layer, and which of them this is for.
         stages, stage: how many parts the layers are cut into, and which of them this is for.
+        sequence_parallel: between linears each rank has its share of a step's tokens alone.
         pack_weights: keep the pass `pack_linears` in the column; None: where it pays.
     """
 
@@ -66,6 +67,7 @@ class CompileOptions:
     rank: int = 0
     stages: int = 1
     stage: int = 0
+    sequence_parallel: bool = False
     pack_weights: bool | None = None
 
     def __post_init__(self) -> None:

@@ -358,15 +358,32 @@ def received_name(number: int) -> str:
     return f"{_RECEIVED}{number}"
 
 
-def received(program: Program) -> list[tuple[str, str, list[int | str]]]:
-    """Name, dtype and shape of what the stage before hands on, in order; "T": tokens."""
+def received(program: Program, ranks: int = 1) -> list[tuple[str, str, list[list[int]]]]:
+    """Name, dtype and shape of what the stage before hands on, in order.
+
+    A size is [n, 0], n itself, or [n, 1]: the share of one of n ranks in the tokens of the step.
+    """
     found = []
     for node in program.placeholders("step"):
         name, value = program.inputs[node.name].source, node.meta["val"]
         if name.startswith(_RECEIVED):
-            shape = [s if isinstance(s, int) else "T" for s in value.shape]
+            sizes = [token_size(program, size, ranks) for size in value.shape]
+            shape = [size for size in sizes if size is not None]
+            assert len(shape) == len(sizes), (name, value.shape)
             found.append((name, str(value.dtype).removeprefix("torch."), shape))
     return sorted(found, key=lambda item: int(item[0].removeprefix(_RECEIVED)))
+
+
+def token_size(program: Program, size: Any, ranks: int) -> list[int] | None:
+    """A size as in `received`; None if it is none of these."""
+    if isinstance(size, int):
+        return [size, 0]
+    tokens = program.symbol("T")
+    for parts in {1, ranks}:
+        share: Any = (tokens + parts - 1) // parts
+        if size.node.expr == share.node.expr:
+            return [parts, 1]
+    return None
 
 
 def new_fake_mode() -> FakeTensorMode:

@@ -29,18 +29,19 @@ from torch import fx
 from fxlm.compiler.errors import PassError
 from fxlm.compiler.outline import layer_ranks
 from fxlm.compiler.pipeline import graph_pass
-from fxlm.compiler.program import Input, Program, ancestors, received_name
+from fxlm.compiler.program import Input, Program, ancestors, received_name, token_size
 
 aten = torch.ops.aten
 
 
 @graph_pass(requires="sample", after="verify", before="fuse_quantized_linear", stage="piece")
-def cut_stages(program: Program, *, stages: int, stage: int) -> int:
+def cut_stages(program: Program, *, stages: int, stage: int, ranks: int = 1) -> int:
     """Leave to this stage its layers; returns how many attentions it has.
 
     Args:
         stages: how many share the model.
         stage: which of them the graph is for, from 0.
+        ranks: how many share each layer, and with ``--sequence-parallel`` the tokens.
 
     Raises:
         PassError: fewer layers than stages, or a value that cannot be handed on.
@@ -48,12 +49,12 @@ def cut_stages(program: Program, *, stages: int, stage: int) -> int:
     _read_sizes_off_inputs(program)
     weights = program.weight_only()
     free = _free(program, weights)
-    ranks = layer_ranks(program.graph)
-    moving = [n for n in program.graph.nodes if n in ranks and n not in free | weights]
-    stage_of = _assign(program, moving, ranks, weights, stages)
+    layers = layer_ranks(program.graph)
+    moving = [n for n in program.graph.nodes if n in layers and n not in free | weights]
+    stage_of = _assign(program, moving, layers, weights, stages)
     incoming = _alive(moving, stage_of, stage)
     outgoing = _alive(moving, stage_of, stage + 1) if stage + 1 < stages else []
-    _check(program, [*incoming, *outgoing])
+    _check(program, [*incoming, *outgoing], ranks)
     received = _receive(program, incoming)
     if outgoing:
         _hand_on(program, [received.get(n, n) for n in outgoing])
@@ -181,11 +182,10 @@ def _alive(moving: Sequence[fx.Node], stage_of: dict[fx.Node, int], stage: int) 
     ]
 
 
-def _check(program: Program, values: Sequence[fx.Node]) -> None:
+def _check(program: Program, values: Sequence[fx.Node], ranks: int) -> None:
     for node in values:
-        if not _is_tensor(node) or not all(
-            isinstance(s, int) or _same(s, program.symbol("T")) for s in node.meta["val"].shape
-        ):
+        shape = node.meta["val"].shape if _is_tensor(node) else [None]
+        if any(size is None or token_size(program, size, ranks) is None for size in shape):
             raise PassError(
                 f"{node.name} ({node.target}) is alive between two stages and is not a tensor of "
                 "the step's tokens, so it cannot be handed on: use --pipeline-parallel-size 1"
@@ -203,8 +203,9 @@ def _receive(program: Program, incoming: Sequence[fx.Node]) -> dict[fx.Node, fx.
     """A step input in place of each value that an earlier stage made."""
     received = {}
     for number, node in enumerate(incoming):
-        shape = [s if isinstance(s, int) else "T" for s in node.meta["val"].shape]
-        value = program.fake_tensor(shape, node.meta["val"].dtype)
+        like = node.meta["val"]
+        with program.fake_mode:  # contiguous, whatever the value was
+            value = torch.empty(like.shape, dtype=like.dtype, device=like.device)
         name = received_name(number)
         spec = Input(role="step", source=name)
         received[node] = program.add_input(name.replace(".", "_"), spec, value)

@@ -8,6 +8,8 @@ Here: `Layout`, and the arithmetic of shapes that `shard` needs. Not here: the r
     partial   the sum over the ranks is the value
     rows      each row is right on one rank, and zero on the others (outputs of split experts)
     owned     each row is right on one rank, and anything on the others
+    tokens    each rank has ceil(T / parts) of the T tokens along ``dim``; those that the last ranks
+              lack are rows of their own, which nobody reads
 
 ``rows`` and ``owned`` have their rows in an order of the rank's own: they cannot be summed.
 """
@@ -33,12 +35,12 @@ COPIES = (
     aten.detach.default, aten.alias.default,
 )  # fmt: skip
 
-Kind = Literal["whole", "split", "partial", "rows", "owned"]
+Kind = Literal["whole", "split", "partial", "rows", "owned", "tokens"]
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """See the module; ``dim`` (not negative) and ``parts`` are those of a split."""
+    """See the module; ``dim`` (not negative) and ``parts`` are those of a split or of tokens."""
 
     kind: Kind
     dim: int = -1
@@ -54,6 +56,11 @@ OWNED = Layout("owned")
 def split(dim: int, parts: int) -> Layout:
     """One of ``parts`` parts of dimension ``dim``."""
     return Layout("split", dim, parts)
+
+
+def tokens(dim: int, parts: int) -> Layout:
+    """One of ``parts`` shares of the step's tokens, which lie along ``dim``."""
+    return Layout("tokens", dim, parts)
 
 
 def sizes(node: Any) -> tuple[int, ...]:
@@ -87,6 +94,35 @@ def is_pointwise(target: Any) -> bool:
     if target in COPIES:
         return True
     return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
+
+
+_REDUCTIONS = (
+    aten.sum.dim_IntList,
+    aten.mean.dim,
+    aten.amax.default,
+    aten.linalg_vector_norm.default,
+)
+_NORMS = (aten.layer_norm.default, aten.rms_norm.default)
+
+
+def is_token_wise(node: Any, dim: int) -> bool:
+    """Whether an op computes each index of ``dim`` from that index alone, and keeps its place.
+
+    Args:
+        node: a call.
+        dim: of the operand that is split, not negative; dimensions behind it may be reduced.
+    """
+    if is_pointwise(node.target) or node.target is aten.type_as.default:
+        return True
+    if node.target not in (*_REDUCTIONS, *_NORMS):
+        return False
+    rank = len(node.args[0].meta["val"].shape)
+    if node.target in _NORMS:
+        return dim < rank - len(node.args[1])
+    at = 2 if node.target is aten.linalg_vector_norm.default else 1
+    given = node.args[at] if len(node.args) > at else None
+    dims = given if isinstance(given, list | tuple) else []
+    return len(dims) > 0 and all(d % rank > dim for d in dims)
 
 
 def is_tensor(node: fx.Node) -> bool:

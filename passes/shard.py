@@ -11,7 +11,8 @@ element by element to another linear (by columns), the experts, the token embedd
 head (by vocabulary). From there `shard_rules` carries the layout from op to op; a sum over the
 ranks waits until somebody needs it, so parallel branches share one. Whatever takes no cut value
 gets the whole one. Two all-reduces a layer, one for the embedding and one gather of the logits
-are what a usual model needs; the report says what was decided.
+are what a usual model needs; the report says what was decided. With ``sequence_parallel`` an
+all-reduce becomes a reduce-scatter over the tokens and a gather (`shard_tokens`).
 
 Slices of weights are graph code pushed down to the raw tensors (`weight_parts`). The step graph
 is the same on every rank: what differs is an input.
@@ -25,10 +26,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxlm.compiler.ops.collectives import collectives
+from fxlm.compiler.ops.collectives import collectives, sent_per_step
 from fxlm.compiler.pipeline import graph_pass
 from fxlm.compiler.program import Program, ancestors
-from fxlm.passes import shard_rules
+from fxlm.passes import shard_rules, shard_tokens
 from fxlm.passes.layout import is_pointwise, is_tensor, sizes
 from fxlm.passes.merged_linears import part_merged_linears
 from fxlm.passes.shard_experts import split_experts
@@ -48,18 +49,20 @@ def _attentions(program: Program) -> int:
 
 
 @graph_pass(after="cleanup", before="fuse_qkv", expects=_attentions)
-def shard(program: Program, *, ranks: int, rank: int) -> int:
+def shard(program: Program, *, ranks: int, rank: int, sequence_parallel: bool = False) -> int:
     """Leave to this rank its part of the model; returns how many attentions were cut.
 
     Args:
         ranks: how many share the model.
         rank: which of them the graph is for, from 0.
+        sequence_parallel: between the linears each rank has its share of the tokens alone; see
+            `shard_tokens`.
 
     Raises:
         PassError: heads or widths do not divide; says which and the numbers.
     """
     part_merged_linears(program)
-    sharder = Sharder(program, ranks, rank)
+    sharder = Sharder(program, ranks, rank, sequence_parallel)
     _mark_attention(sharder)
     _mark_pairs(sharder)
     _mark_vocabulary(sharder)
@@ -67,7 +70,8 @@ def shard(program: Program, *, ranks: int, rank: int) -> int:
     for node in list(program.graph.nodes):
         if node.op == "call_function" and node not in sharder.fixed:
             given = sharder.layouts.get(node)
-            sharder.settle(node, given or shard_rules.apply(sharder, node))
+            found = given or shard_tokens.apply(sharder, node) or shard_rules.apply(sharder, node)
+            sharder.settle(node, found)
     for node in list(program.output().all_input_nodes):
         program.output().replace_input_with(node, sharder.whole(node))
     program.propagate()
@@ -183,6 +187,12 @@ def _report(sharder: Sharder) -> None:
                      f"{counts['experts a rank']} a rank")  # fmt: skip
     made = Counter(str(n.target).split(".")[1] for n in collectives(program.graph))
     program.note("collectives: " + ", ".join(f"{made[name]} {name}" for name in sorted(made)))
+    if sharder.over_tokens:
+        program.note(
+            f"sequence parallel: {made['reduce_scatter']} sums split over the tokens, gathered "
+            f"{counts['tokens gathered']} times; {made['all_reduce']} sums whole; "
+            f"{sent_per_step(program, sharder.ranks)['per_token']} bytes sent by a rank for a token with logits"
+        )
     if counts["gathered"] or counts["sliced"]:
         program.note(
             f"values gathered {counts['gathered']} times, cut again {counts['sliced']} times"

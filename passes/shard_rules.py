@@ -80,7 +80,7 @@ def pointwise(sharder: Sharder, node: Any) -> Layout:
     if kinds & {"rows", "owned"}:
         return _by_row(sharder, node, operands)
     if "partial" in kinds:
-        if _stays_partial(sharder, node, operands):
+        if stays_partial(sharder, node, operands):
             return PARTIAL
         for operand in operands:
             if sharder.layout(operand) == PARTIAL:
@@ -110,7 +110,7 @@ def _by_row(sharder: Sharder, node: Any, operands: list[fx.Node]) -> Layout:
     return OWNED
 
 
-def _stays_partial(sharder: Sharder, node: Any, operands: list[fx.Node]) -> bool:
+def stays_partial(sharder: Sharder, node: Any, operands: list[fx.Node]) -> bool:
     """Whether the op may run before the sum over the ranks; a bias is then added once."""
     layouts = [sharder.layout(i) for i in operands]
     if node.target in _LINEAR:

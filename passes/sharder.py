@@ -16,7 +16,7 @@ from torch import fx
 from fxlm.compiler.errors import PassError
 from fxlm.compiler.ops.collectives import TENSOR_GROUP
 from fxlm.compiler.program import Input, Program, module_path
-from fxlm.passes.layout import WHOLE, Layout, is_tensor, sizes, split
+from fxlm.passes.layout import WHOLE, Layout, is_tensor, is_token_wise, sizes, split, tokens
 from fxlm.passes.weight_parts import WeightParts
 
 aten = torch.ops.aten
@@ -33,12 +33,14 @@ class Sharder:
         columns: linears to cut by output features, and into how many parts.
         whole_sizes: shape of every value before the pass.
         counts: what was cut, by kind; for the report.
+        over_tokens: sums may be split over the tokens; see `shard_tokens`.
     """
 
-    def __init__(self, program: Program, ranks: int, rank: int) -> None:
+    def __init__(self, program: Program, ranks: int, rank: int, over_tokens: bool = False) -> None:
         self.program = program
         self.ranks = ranks
         self.rank = rank
+        self.over_tokens = over_tokens
         self.fixed = program.weight_only()
         self.parts = WeightParts(program)
         self.columns: dict[fx.Node, int] = {}
@@ -47,6 +49,7 @@ class Sharder:
         self.counts: Counter[str] = Counter()
         self._converted: dict[tuple[fx.Node, Layout], fx.Node] = {}
         self._constants: dict[str, fx.Node] = {}
+        self._length: fx.Node | None = None
 
     def layout(self, node: Any) -> Layout:
         """Of a value; weights and numbers are whole."""
@@ -56,8 +59,25 @@ class Sharder:
         """Note the layout of a value; one that several ops take is summed once, and now."""
         self.layouts[node] = layout
         if layout.kind == "partial" and len(node.users) > 1:
-            total = self.whole(node)
+            total = self.scattered(node) if self._serves_tokens(node) else self.whole(node)
             node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
+
+    def _serves_tokens(self, node: fx.Node) -> bool:
+        """Whether somebody takes the sum token by token."""
+        dim = self.token_dim(node)
+        return dim is not None and any(is_token_wise(user, dim) for user in node.users)
+
+    def token_dim(self, node: fx.Node) -> int | None:
+        """The dimension of the step's tokens, if the value is worth a split there."""
+        if not self.over_tokens:
+            return None
+        value: Any = node.meta["val"]
+        total = self.program.symbol("T").node.expr
+        symbolic = [d for d, size in enumerate(value.shape) if not isinstance(size, int)]
+        if len(symbolic) != 1 or value.shape[symbolic[0]].node.expr != total:
+            return None
+        # One number a token (squares of a norm over all heads) is summed in one go.
+        return None if value.numel().node.expr == total else symbolic[0]
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:
         """Shape of a value before it was cut."""
@@ -81,10 +101,38 @@ class Sharder:
                 made = self.behind(node, ops.all_reduce.default, node, TENSOR_GROUP)
             elif layout.kind == "split":
                 made = self._gather(node, layout)
+            elif layout.kind == "tokens":
+                length = self._num_tokens()
+                made = self.behind(
+                    node, ops.all_gather.default, node, layout.dim, self.ranks, length, TENSOR_GROUP
+                )
+                self.counts["tokens gathered"] += 1
             else:
                 raise self.refuse(node, "rows of split experts are used before they are summed")
             self._converted[key] = made
         return self._converted[key]
+
+    def scattered(self, node: fx.Node) -> fx.Node:
+        """The sum that a partial value stands for, each rank with its share of the tokens."""
+        dim = self.token_dim(node)
+        assert dim is not None, node.format_node()
+        layout = tokens(dim, self.ranks)
+        key = (node, layout)
+        if key not in self._converted:
+            made = self.behind(
+                node, ops.reduce_scatter.default, node, dim, self.ranks, TENSOR_GROUP
+            )
+            self._converted[key] = made
+            self.layouts[made] = layout
+            self.whole_sizes[made] = self.shape(node)
+        return self._converted[key]
+
+    def _num_tokens(self) -> fx.Node:
+        """T of the step as a node, ahead of all calls."""
+        if self._length is None:
+            ids = self.program.find_step_input("input_ids")
+            self._length = self.parts.after(ids, aten.sym_size.int, ids, 1)
+        return self._length
 
     def _gather(self, node: fx.Node, layout: Layout) -> fx.Node:
         dim, extent = layout.dim, self.shape(node)[layout.dim]

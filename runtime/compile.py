@@ -359,7 +359,7 @@ class _Compiler:
                 {"num_kv_heads": c.num_kv_heads, "key_dim": c.key_dim, "value_dim": c.value_dim,
                  "dtype": dtype_name(c.dtype)} for c in program.caches
             ],
-            "received": received(program),
+            "received": received(program, self.options.ranks),
             "step_inputs": [
                 [n, s.role, s.source, s.layer] for n, s in cut.step_inputs.items()
             ],

@@ -132,8 +132,13 @@ def column_of(options: CompileOptions, **settings: dict[str, Any]) -> list[Graph
     settings |= {"steer": {"points": options.steer}, "tap": {"points": options.tap}}
     cached = {"cache_dtype": resolve_cache_dtype(options.kv_cache_dtype)}
     settings["paged_attention"] = {**cached, **settings.get("paged_attention", {})}
-    settings["shard"] = {"ranks": options.ranks, "rank": options.rank}
-    settings["cut_stages"] = {"stages": options.stages, "stage": options.stage}
+    settings["cut_stages"] = {
+        "stages": options.stages, "stage": options.stage, "ranks": options.ranks
+    }  # fmt: skip
+    settings["shard"] = {
+        "ranks": options.ranks, "rank": options.rank,
+        "sequence_parallel": options.sequence_parallel,
+    }  # fmt: skip
     settings["quantize"] = {"quantization": options.quantization}
     wanted = {
         "cut_stages": options.stages > 1,

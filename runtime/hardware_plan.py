@@ -124,7 +124,10 @@ def plan_ranks(
     """
     plans = []
     for size in sizes:
-        chosen = replace(options, enforce_eager=True, tensor_parallel_size=size)
+        chosen = replace(
+            options, enforce_eager=True, tensor_parallel_size=size,
+            sequence_parallel=options.sequence_parallel and size > 1,
+        )  # fmt: skip
         if not hardware.share(size):
             reason = f"{hardware.name} has {hardware.devices} devices"
             plans.append(RankPlan(ranks=size, refusal=reason))

@@ -155,7 +155,7 @@ def plan_command(args: argparse.Namespace) -> int:
     from fxlm.runtime.worker import set_threads
 
     sizes = args.tensor_parallel_size or (1,)
-    args.tensor_parallel_size = sizes[0]
+    args.tensor_parallel_size = max(sizes)
     options = engine_options(args)
     if args.hardware is not None:
         return _plan_hardware(options, args.hardware, sizes)

@@ -52,6 +52,8 @@ class EngineOptions:
         tap: modules whose output requests may ask for, e.g. ``model.layers.3``.
         steer: modules to whose output requests may add a vector.
         tensor_parallel_size: ranks that share each layer.
+        sequence_parallel: between the linears of a layer, each of these ranks has its share of a
+            step's tokens alone.
         pipeline_parallel_size: parts that the layers are cut into, each with ranks of its own.
         distributed_executor_backend: ``mp`` starts the ranks as processes of this machine.
         distributed_timeout_seconds: how long a rank waits for another before the engine ends.
@@ -86,6 +88,7 @@ class EngineOptions:
     tap: tuple[str, ...] = ()
     steer: tuple[str, ...] = ()
     tensor_parallel_size: int = 1
+    sequence_parallel: bool = False
     pipeline_parallel_size: int = 1
     distributed_executor_backend: Literal["mp"] = "mp"
     distributed_timeout_seconds: int = 20
@@ -107,6 +110,9 @@ class EngineOptions:
         _at_least("tensor_parallel_size", self.tensor_parallel_size, 1)
         _at_least("pipeline_parallel_size", self.pipeline_parallel_size, 1)
         _at_least("distributed_timeout_seconds", self.distributed_timeout_seconds, 1)
+        if self.sequence_parallel and self.tensor_parallel_size == 1:
+            reason = "one rank has no other to share tokens with; give tensor_parallel_size"
+            raise InvalidOption("sequence_parallel", True, reason)
         if not 0.0 < self.memory_fraction <= 1.0:
             raise InvalidOption("memory_fraction", self.memory_fraction, "use 0 < value <= 1")
         if self.device not in ("auto", "cpu", "cuda"):
@@ -180,6 +186,7 @@ def compile_options(options: EngineOptions, rank: int = 0) -> CompileOptions:
         rank=rank % options.tensor_parallel_size,
         stages=options.pipeline_parallel_size,
         stage=rank // options.tensor_parallel_size,
+        sequence_parallel=options.sequence_parallel,
     )
 
 

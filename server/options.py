@@ -118,6 +118,10 @@ def add_parallel_options(parser: argparse.ArgumentParser) -> None:
         help="ranks that share each layer",
     )  # fmt: skip
     group.add_argument(
+        "--sequence-parallel", action="store_true",
+        help="between the linears, each of these ranks has its share of the tokens alone",
+    )  # fmt: skip
+    group.add_argument(
         "--pipeline-parallel-size", "-pp", type=whole(1), metavar="N",
         help="parts that the layers are cut into",
     )  # fmt: skip

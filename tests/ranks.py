@@ -42,6 +42,9 @@ class ThreadGroup:
     def all_reduce(self, x: torch.Tensor) -> None:
         x.copy_(torch.stack(self.all_gather(x)).sum(0))
 
+    def reduce_scatter(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack(self.all_gather(x)).sum(0)[self.rank]
+
     def abort(self) -> None:
         self._barrier.abort()
 

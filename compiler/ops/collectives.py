@@ -38,6 +38,10 @@ class Group(Protocol):
         """Sum over the ranks, in place."""
         ...
 
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        """Sum over the ranks of [size, ...]; gives this rank's entry."""
+        ...
+
     def all_gather(self, x: Tensor) -> list[Tensor]:
         """What each rank gave, in order of ranks."""
         ...
@@ -72,15 +76,10 @@ def reduce_scatter(x: Tensor, dim: int, size: int, group: str) -> Tensor:
 
     Parts have ceil(length / size) indices; what the last ones lack is zero.
     """
-    total = all_reduce(x, group)  # Gloo has nothing better; NCCL's own comes with its groups
     part = -(-x.shape[dim] // size)
-    begin = min(_group(group).rank * part, x.shape[dim])
-    kept = total.narrow(dim, begin, min(part, x.shape[dim] - begin))
-    if kept.shape[dim] == part:
-        return kept.clone(memory_format=torch.contiguous_format)
-    padded = x.new_zeros([part if d == dim % x.dim() else s for d, s in enumerate(x.shape)])
-    padded.narrow(dim, 0, kept.shape[dim]).copy_(kept)
-    return padded
+    padded = x.new_zeros(_resized(x, dim, part * size))
+    padded.narrow(dim, 0, x.shape[dim]).copy_(x)
+    return _group(group).reduce_scatter(torch.stack(padded.chunk(size, dim)))
 
 
 def all_gather(x: Tensor, dim: int, size: int, length: int, group: str) -> Tensor:

@@ -41,6 +41,25 @@ class RankGroup:
         options.timeout = timedelta(seconds=self.timeout_s)
         self._wait("all_reduce", self._backend.allreduce([x], options))
 
+    def reduce_scatter(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum over the ranks of [size, ...]; gives this rank's entry.
+
+        Gloo's own sums everything on every rank. Here each rank gets its entry from all others and
+        adds them: the bytes of a ring, in one round.
+        """
+        if not x.is_cuda:
+            given = torch.empty_like(x)
+            exchange = c10d.AllToAllOptions()
+            exchange.timeout = timedelta(seconds=self.timeout_s)
+            self._wait("reduce_scatter", self._backend.alltoall_base(given, x, [], [], exchange))
+            return given.sum(0)
+        total = torch.empty_like(x[0])
+        options = c10d.ReduceScatterOptions()
+        options.timeout = timedelta(seconds=self.timeout_s)
+        work = self._backend._reduce_scatter_base(total, x, options)
+        self._wait("reduce_scatter", work)
+        return total
+
     def all_gather(self, x: torch.Tensor) -> list[torch.Tensor]:
         """What each rank gave, in order of ranks."""
         parts = [torch.empty_like(x) for _ in range(self.size)]

@@ -98,7 +98,7 @@ class Member:
         found = {}
         num_tokens = tensors["input_ids"].shape[1]
         for name, kind, shape in self.compilation.artifact.manifest["received"]:
-            sizes = [num_tokens if size == "T" else size for size in shape]
+            sizes = [-(-num_tokens // size) if shared else size for size, shared in shape]
             found[name] = self._empty(sizes, getattr(torch, kind))
             line.receive(found[name], self.place.rank - self.place.tensor_size)
         return found

@@ -21,14 +21,19 @@ def one_rank(family: str, **overrides: Any) -> Program:
     return pipeline.run(captured(family, **overrides), [cleanup])
 
 
-def ranked(family: str, ranks: int, **overrides: Any) -> list[Program]:
+def ranked(
+    family: str, ranks: int, sequence_parallel: bool = False, **overrides: Any
+) -> list[Program]:
     """The program of each rank."""
-    return [rank_of(family, ranks, rank, **overrides) for rank in range(ranks)]
+    return [rank_of(family, ranks, rank, sequence_parallel, **overrides) for rank in range(ranks)]
 
 
-def rank_of(family: str, ranks: int, rank: int, **overrides: Any) -> Program:
+def rank_of(
+    family: str, ranks: int, rank: int, sequence_parallel: bool = False, **overrides: Any
+) -> Program:
     """The program of one rank."""
-    item = replace(shard, options={"ranks": ranks, "rank": rank})
+    chosen = {"ranks": ranks, "rank": rank, "sequence_parallel": sequence_parallel}
+    item = replace(shard, options=chosen)
     return pipeline.run(one_rank(family, **overrides).copy(), [item])
 
 

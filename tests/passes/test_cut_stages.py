@@ -79,7 +79,7 @@ def test_each_stage_has_its_layers_caches_and_weights() -> None:
     assert [p.log[-1].rewrites for p in parts] == [2, 2]
     assert [len(p.caches) for p in parts] == [2, 2]
     assert [n for n, _, _ in received(parts[0])] == []
-    assert received(parts[1]) == [("received.0", "float32", [1, "T", 64])]
+    assert received(parts[1]) == [("received.0", "float32", [[1, 0], [1, 1], [64, 0]])]
     used = [{p.inputs[n.name].source for n in p.placeholders("weight")} for p in parts]
     assert not used[0] & used[1], "the embedding is not tied here"
     assert len(parts[0].results()) == 1

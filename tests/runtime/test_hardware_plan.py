@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,15 @@ def test_a_line_for_each_number_of_ranks(options: EngineOptions) -> None:
     assert lines[0] == "four: made up"
     assert "512 x " in lines[2]
     assert lines[4].startswith("    3 cannot be: shard:")
+
+
+def test_a_scatter_and_a_gather_send_what_an_all_reduce_does(options: EngineOptions) -> None:
+    shared = replace(options, tensor_parallel_size=2, sequence_parallel=True)
+    one, two = plan_ranks(shared, FOUR, [1, 2])
+    assert one == plan_ranks(options, FOUR, [1])[0]
+    assert two.sent_bytes_per_token == 5 * 64 * 4 + 256 * 4 // 2
+    floor = two.weights_bytes / 1e9 + two.sent_bytes_per_token / 1e6 + 11 * 1e-3
+    assert two.step_floor_s == pytest.approx(floor)
 
 
 def test_ranks_of_a_cpu_share_it(options: EngineOptions) -> None:

@@ -65,6 +65,14 @@ def test_greedy_tokens_are_those_of_one_rank(folder: Path, family: str, ranks: i
     ranks_of(cut).close()
 
 
+def test_tokens_shared_between_linears(folder: Path) -> None:
+    model = write_checkpoint("llama", folder / "shared-tokens")
+    expected = generate(engine(model), GIVEN, GREEDY)
+    cut = engine(model, tensor_parallel_size=2, sequence_parallel=True)
+    assert generate(cut, GIVEN, GREEDY) == expected
+    ranks_of(cut).close()
+
+
 def test_a_quantized_checkpoint(folder: Path) -> None:
     write_quantized(folder / "int4", "int4")
     expected = generate(engine(folder / "int4"), GIVEN, GREEDY)
@@ -181,6 +189,7 @@ def test_ranks_have_one_step_and_their_own_weights(folder: Path) -> None:
         ({"tensor_parallel_size": 3}, PassError, "4 query heads do not divide"),
         ({"tensor_parallel_size": 2, "tap": ("model.layers.0",)}, InvalidOption, "use one rank"),
         ({"tensor_parallel_size": 0}, InvalidOption, "at least 1"),
+        ({"sequence_parallel": True}, InvalidOption, "give tensor_parallel_size"),
         ({"tensor_parallel_size": 2, "model": "nowhere"}, InvalidModel, "not a directory here"),
     ],
 )

@@ -38,10 +38,13 @@ def worker_of(made: Engine) -> ParallelWorker:
     [
         ("llama", {"pipeline_parallel_size": 2}),
         ("gemma2", {"pipeline_parallel_size": 3}),
-        ("mixtral", {"pipeline_parallel_size": 2, "tensor_parallel_size": 2}),
+        (
+            "mixtral",
+            {"pipeline_parallel_size": 2, "tensor_parallel_size": 2, "sequence_parallel": True},
+        ),
     ],
 )
-def test_tokens_are_those_of_one_rank(folder: Path, family: str, sizes: dict[str, int]) -> None:
+def test_tokens_are_those_of_one_rank(folder: Path, family: str, sizes: dict[str, Any]) -> None:
     model = write_checkpoint(family, folder / family, num_hidden_layers=4)
     alone = engine(model)
     cut = engine(model, **sizes)
