@@ -53,7 +53,9 @@ class EngineOptions:
         steer: modules to whose output requests may add a vector.
         tensor_parallel_size: ranks that share each layer.
         pipeline_parallel_size: parts that the layers are cut into, each with ranks of its own.
-        distributed_executor_backend: ``mp`` starts the ranks as processes of this machine.
+        distributed_executor_backend: who starts the ranks: ``mp`` (processes of this machine),
+            ``ray`` (actors of a cluster), ``external_launcher`` (torchrun has); ``auto``:
+            ``external_launcher`` under torchrun, otherwise ``mp``.
         distributed_timeout_seconds: how long a rank waits for another before the engine ends.
         cache_dir: where artifacts and prepared weights are kept.
         frozen: directory of the artifact to serve, as it is; nothing is ever compiled.
@@ -87,7 +89,7 @@ class EngineOptions:
     steer: tuple[str, ...] = ()
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
-    distributed_executor_backend: Literal["mp"] = "mp"
+    distributed_executor_backend: Literal["auto", "mp", "ray", "external_launcher"] = "auto"
     distributed_timeout_seconds: int = 20
     cache_dir: str | None = None
     frozen: str | None = None
