@@ -175,8 +175,9 @@ def reserve(ray: Module, options: EngineOptions, num_actors: int) -> Any:
     need = {"CPU": 1.0, **({"GPU": 1.0} if cuda else {})}
     group = importlib.import_module("ray.util").placement_group([need] * num_actors, "PACK")
     if not group.wait(ROOM_S):
-        reason = (f"Ray has no room for {num_actors} actors of {need} each within {ROOM_S:.0f} s; "
-                  f"free are {ray.available_resources()}")  # fmt: skip
+        free = {kind: ray.available_resources().get(kind, 0.0) for kind in need}
+        reason = (f"the {num_actors} ranks beside rank 0 need {need} each, and Ray's cluster has "
+                  f"{free} free, after {ROOM_S:.0f} s; use fewer ranks, or more nodes")  # fmt: skip
         importlib.import_module("ray.util").remove_placement_group(group)
         raise InvalidOption(OPTION, "ray", reason)
     return group

@@ -24,6 +24,7 @@ def test_an_engine_over_actors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'fxlm[ray]'")
     monkeypatch.setenv("HOME", str(tmp_path))  # Ray keeps a token there
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    ray.init(address="local", num_cpus=1, include_dashboard=False, _node_ip_address="127.0.0.1")
     model = write_checkpoint("llama", tmp_path / "llama")
     expected = generate(engine(model), GIVEN, GREEDY)
     made = engine(model, tensor_parallel_size=2, distributed_executor_backend="ray")
