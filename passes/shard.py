@@ -188,10 +188,11 @@ def _report(sharder: Sharder) -> None:
     made = Counter(str(n.target).split(".")[1] for n in collectives(program.graph))
     program.note("collectives: " + ", ".join(f"{made[name]} {name}" for name in sorted(made)))
     if sharder.over_tokens:
+        sent = sent_per_step(program, sharder.ranks)["per_token"]
         program.note(
             f"sequence parallel: {made['reduce_scatter']} sums split over the tokens, gathered "
             f"{counts['tokens gathered']} times; {made['all_reduce']} sums whole; "
-            f"{sent_per_step(program, sharder.ranks)['per_token']} bytes sent by a rank for a token with logits"
+            f"{sent} bytes sent by a rank for a token with logits"
         )
     if counts["gathered"] or counts["sliced"]:
         program.note(

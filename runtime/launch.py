@@ -11,12 +11,13 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fxlm.compiler.errors import InvalidOption
 from fxlm.runtime.options import EngineOptions, from_mapping
+from fxlm.runtime.parallel.choice import choose_backend, num_ranks, torchrun_process
 
 if TYPE_CHECKING:
     from fxlm.runtime.engine import Engine
@@ -46,7 +47,10 @@ class EngineSpec:
 def engine_options(args: argparse.Namespace) -> EngineOptions:
     """The engine's part of parsed flags; flags not given keep their defaults."""
     names = {f.name for f in fields(EngineOptions)}
-    return from_mapping({k: v for k, v in vars(args).items() if k in names})
+    options = from_mapping({k: v for k, v in vars(args).items() if k in names})
+    if getattr(args, "tiered_start", False) is None:  # not said: on, where it can be
+        return replace(options, tiered_start=num_ranks(options) == 1)
+    return options
 
 
 def prepare(args: argparse.Namespace) -> EngineSpec:
@@ -68,6 +72,22 @@ def prepare(args: argparse.Namespace) -> EngineSpec:
     )
 
 
+def serve_as_rank(args: argparse.Namespace) -> int | None:
+    """Where torchrun started this process as a rank other than 0: be one, and give the exit code.
+
+    Raises:
+        InvalidOption: torchrun started another number of processes than there are ranks.
+    """
+    options = engine_options(args)
+    if choose_backend(options)[0] != "external_launcher":
+        return None
+    if torchrun_process(num_ranks(options)).rank == 0:
+        return None
+    from fxlm.runtime.parallel.torchrun import serve_rank
+
+    return serve_rank(options)
+
+
 def make_engine(**values: Any) -> Engine:
     """Factory for the engine process: options as plain values, progress on standard error."""
     from fxlm.runtime.explain import stamp
@@ -84,6 +104,9 @@ def make_engine(**values: Any) -> Engine:
 
     threads, why = set_threads(options.threads)
     _say(f"threads {threads} ({why})")
+    if num_ranks(options) > 1:
+        backend, why = choose_backend(options)
+        _say(f"{num_ranks(options)} ranks by {backend} ({why})")
     engine, plan, compilation = build_engine(options, report)
     if compilation.miss is not None:
         _say(f"compiled since {compilation.miss.text}")
@@ -143,8 +166,6 @@ def compile_command(args: argparse.Namespace) -> int:
 
 def plan_command(args: argparse.Namespace) -> int:
     """``fxlm plan``: what the model needs and what fits, before anything is loaded."""
-    from dataclasses import replace
-
     from fxlm.compiler.options import resolve_dtype
     from fxlm.runtime.compile import compile_for
     from fxlm.runtime.drafting import compile_draft

@@ -55,7 +55,9 @@ class EngineOptions:
         sequence_parallel: between the linears of a layer, each of these ranks has its share of a
             step's tokens alone.
         pipeline_parallel_size: parts that the layers are cut into, each with ranks of its own.
-        distributed_executor_backend: ``mp`` starts the ranks as processes of this machine.
+        distributed_executor_backend: who starts the ranks: ``mp`` (processes of this machine),
+            ``ray`` (actors of a cluster), ``external_launcher`` (torchrun has); ``auto``:
+            ``external_launcher`` under torchrun, otherwise ``mp``.
         distributed_timeout_seconds: how long a rank waits for another before the engine ends.
         cache_dir: where artifacts and prepared weights are kept.
         frozen: directory of the artifact to serve, as it is; nothing is ever compiled.
@@ -90,7 +92,7 @@ class EngineOptions:
     tensor_parallel_size: int = 1
     sequence_parallel: bool = False
     pipeline_parallel_size: int = 1
-    distributed_executor_backend: Literal["mp"] = "mp"
+    distributed_executor_backend: Literal["auto", "mp", "ray", "external_launcher"] = "auto"
     distributed_timeout_seconds: int = 20
     cache_dir: str | None = None
     frozen: str | None = None

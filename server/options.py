@@ -18,7 +18,7 @@ from fxlm.server.limits import Limits
 KV_CACHE_DTYPES = ("auto", "int8", "fp8", "fp8_e4m3")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
-BACKENDS = ("mp",)
+BACKENDS = ("auto", "mp", "ray", "external_launcher")
 POLICIES = ("fcfs", "priority")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 KEY_VARIABLE = "FXLM_API_KEY"
@@ -128,7 +128,8 @@ def add_parallel_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--distributed-executor-backend",
         choices=BACKENDS,
-        help="who starts the ranks (default: mp, processes of this machine)",
+        help="who starts the ranks: mp (processes of this machine), ray (actors of a Ray cluster), "
+        "external_launcher (torchrun has); default: auto, torchrun if it runs this, otherwise mp",
     )
     group.add_argument(
         "--distributed-timeout-seconds", type=whole(1), metavar="S",
@@ -291,8 +292,8 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--tiered-start",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        help="serve from the uncompiled graph while it is compiled (default: on)",
+        default=None,
+        help="serve from the uncompiled graph while it is compiled (default: on, with one rank)",
     )
     group.add_argument("--chat-template", metavar="FILE", help="Jinja file, or the template itself")
     group.add_argument(

@@ -43,6 +43,9 @@ def serve(args: argparse.Namespace, announce: Announce) -> int:
 
     options = server_options(args)
     configure_logging(options.log_level)
+    left = launch.serve_as_rank(args)
+    if left is not None:  # a rank has no address
+        return left
     with taken(options) as listener:  # before minutes of compiling, not after
         spec = launch.prepare(args)
 

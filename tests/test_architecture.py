@@ -38,6 +38,7 @@ EVALUATING_CALLS = ("eval", "exec", "builtins.eval", "builtins.exec")
 ENVIRONMENT_READERS = {
     "compiler/cache.py": "where caches are (XDG_CACHE_HOME)",
     "compiler/ops/build.py": "the C++ compiler, the ISA under test",
+    "runtime/parallel/choice.py": "RANK and the like, by which torchrun tells a process its place",
     "server/options.py": "the API key, which must not stand in a process list",
 }
 # Files that may call eval or exec, each with what is evaluated.

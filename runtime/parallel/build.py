@@ -18,6 +18,7 @@ from fxlm.runtime.compile import Compilation, Prefix, Report, compile_for
 from fxlm.runtime.engine import Engine, EngineConfig
 from fxlm.runtime.memory import MemoryPlan
 from fxlm.runtime.options import EngineOptions
+from fxlm.runtime.parallel.choice import choose_backend
 from fxlm.runtime.parallel.member import Member, share_cores
 from fxlm.runtime.parallel.messages import (
     Copy,
@@ -33,7 +34,7 @@ from fxlm.runtime.parallel.messages import (
 )
 from fxlm.runtime.parallel.place import place_of
 from fxlm.runtime.parallel.ranks import Ranks
-from fxlm.runtime.parallel.start import start_processes
+from fxlm.runtime.parallel.start import Started, start_processes
 from fxlm.runtime.step import Done, Pending, StepResult, WorkerSpec
 
 
@@ -115,13 +116,14 @@ def build_parallel(
 ) -> tuple[Engine, MemoryPlan, Compilation]:
     """As `fxlm.runtime.worker.build_engine`, over several ranks."""
     place = place_of(options)
-    share_cores(options, place.size)
-    ranks, store = start_processes(options, place.size, float(options.distributed_timeout_seconds))
+    started_ranks = start_ranks(options, place.size)
+    ranks = started_ranks.ranks
+    share_cores(options, started_ranks.local_ranks)
     try:
         made = compile_ranks(options, place.size, report)
         ranks.meet()
         ranks.send(Find())
-        member = Member(options, place, place.size)
+        member = Member(options, place, started_ranks.local_ranks)
         plan = member.plan(made[0])
         started = time.perf_counter()
         planned = ranks.collect(Planned)
@@ -131,11 +133,11 @@ def build_parallel(
         member.load(spec_of(sizes))
         ranks.collect(Loaded)
         ranks.send(Join())
-        member.join(store)
+        member.join(started_ranks.store, started_ranks.host)
         ranks.collect(Joined)
         ranks.start_pulse()
     except BaseException:
-        ranks.close()
+        started_ranks.close()
         raise
     if report is not None:
         report(f"load weights, {place.size} ranks", time.perf_counter() - started)
@@ -146,8 +148,29 @@ def build_parallel(
         seed=options.seed,
     )
     engine = Engine(worker, config, alarm=ranks)
-    weakref.finalize(engine, ranks.close)
+    weakref.finalize(engine, started_ranks.close)
     return engine, replace(plan, spec=worker.spec), made[0]
+
+
+def start_ranks(options: EngineOptions, size: int) -> Started:
+    """Start every rank but 0, or meet those that are there.
+
+    Raises:
+        InvalidOption: whoever is to start them cannot.
+        SystemExit: this process was one of the other ranks, and is done.
+    """
+    silence_s = float(options.distributed_timeout_seconds)
+    match choose_backend(options)[0]:
+        case "mp":
+            return start_processes(options, size, silence_s)
+        case "external_launcher":
+            from fxlm.runtime.parallel.torchrun import start_torchrun
+
+            return start_torchrun(options, size, silence_s)
+        case "ray":
+            from fxlm.runtime.parallel.actors import start_actors
+
+            return start_actors(options, size, silence_s)
 
 
 def compile_ranks(

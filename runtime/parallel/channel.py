@@ -16,8 +16,11 @@ from collections.abc import Sequence
 
 import zmq
 
+from fxlm.compiler.errors import EngineDead
 from fxlm.runtime.parallel.messages import News, Order, RankSpec, encode
 from fxlm.runtime.transport import Address, listening, unlimited
+
+HEARTBEAT_MS = 1000
 
 
 class Orders:
@@ -77,14 +80,31 @@ class Listener:
         self._socket = context.socket(zmq.DEALER)
         self._socket.identity = _name(spec.rank)
         unlimited(self._socket)
+        if spec.orders_key:  # another machine may vanish without a word
+            self._socket.heartbeat_ivl = HEARTBEAT_MS
+            self._socket.heartbeat_timeout = 10 * HEARTBEAT_MS
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         _connect(self._socket, spec.orders, spec.orders_key)
         self._socket.send(b"")  # a greeting: rank 0 can reach this rank from now on
 
     def receive(self) -> list[bytes]:
-        """The next order; waits for it as long as it takes."""
-        return list(self._socket.recv_multipart())
+        """The next order; waits for it as long as it takes.
+
+        Raises:
+            EngineDead: rank 0 ended without a word.
+        """
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._monitor, zmq.POLLIN)
+        poller.poll()
+        try:
+            return list(self._socket.recv_multipart(zmq.NOBLOCK))  # its last orders come first
+        except zmq.Again:
+            raise EngineDead("rank 0 is gone") from None
 
     def close(self) -> None:
+        self._socket.disable_monitor()
+        self._monitor.close(0)
         self._socket.close(0)
 
 

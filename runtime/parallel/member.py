@@ -126,12 +126,14 @@ class Member:
 
 
 def open_store(store: str, size: int) -> c10d.Store:
-    """The store of an address: ``file:PATH`` or ``tcp:HOST:PORT``."""
+    """The store of an address: ``file:PATH``, or ``tcp:HOST:PORT`` with a ``/PREFIX`` of keys."""
     kind, _, place = store.partition(":")
     if kind == "file":
         return c10d.FileStore(place, size)
-    host, _, port = place.rpartition(":")
-    return c10d.TCPStore(host, int(port), size, False, timedelta(seconds=MEETING_S))
+    address, _, prefix = place.partition("/")
+    host, _, port = address.rpartition(":")
+    shared = c10d.TCPStore(host, int(port), None, False, timedelta(seconds=MEETING_S))
+    return c10d.PrefixStore(prefix, shared) if prefix else shared
 
 
 def share_cores(options: EngineOptions, local_ranks: int) -> tuple[int, str]:

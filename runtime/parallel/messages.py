@@ -25,7 +25,7 @@ class RankSpec(msgspec.Struct, kw_only=True):
         orders_key, news_key: their CURVE keys; "" for Unix sockets.
         parent_pid: whose child it is; 0 if it is nobody's.
         paths: put in front of ``sys.path``.
-        local_ranks: how many ranks share this machine.
+        local_rank, local_ranks: which of this machine's ranks it is, and how many there are.
         host: address of this rank for the others.
     """
 
@@ -38,6 +38,7 @@ class RankSpec(msgspec.Struct, kw_only=True):
     news_key: str = ""
     parent_pid: int = 0
     paths: list[str] = msgspec.field(default_factory=list)
+    local_rank: int = 0
     local_ranks: int = 1
     host: str = "127.0.0.1"
 

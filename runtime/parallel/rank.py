@@ -14,6 +14,7 @@ import sys
 import threading
 
 import msgspec
+import torch
 import zmq
 
 from fxlm.compiler.errors import EngineDead, FxlmError
@@ -73,6 +74,8 @@ def _loop(context: zmq.Context[zmq.Socket[bytes]], spec: RankSpec, teller: Telle
     options = from_mapping(spec.options)
     listener = Listener(context, spec)
     share_cores(options, spec.local_ranks)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(spec.local_rank)  # one device a rank
     member = Member(options, place_of(options, spec.rank), spec.local_ranks)
     while True:
         order, tensors = unpack(listener.receive())

@@ -221,3 +221,4 @@ def test_the_launcher_knows_the_flags(cache: Path) -> None:
     assert options.frozen == str(only(cache))
     assert not options.tiered_start
     assert launch.engine_options(parse(["serve", "bundled-draft"])).tiered_start
+    assert not launch.engine_options(parse(["serve", "bundled-draft", "-tp", "2"])).tiered_start

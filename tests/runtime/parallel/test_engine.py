@@ -129,7 +129,7 @@ def test_a_rank_that_hangs_in_a_step_ends_the_engine(folder: Path) -> None:
 
 
 def test_what_a_rank_says_at_the_start_is_told(folder: Path) -> None:
-    ranks, _ = start_processes(options(folder / "nothing", tensor_parallel_size=2), 2, 5.0)
+    ranks = start_processes(options(folder / "nothing", tensor_parallel_size=2), 2, 5.0).ranks
     ranks.meet()
     ranks.send(Find())
     with pytest.raises(EngineDead, match="rank 1: there is no directory"):
