@@ -165,7 +165,7 @@ def _depth(model: str, empty: Path) -> Phases:
 
     environment, cache = _empty_caches(empty), empty / "cache"
     totals: Phases = {}
-    for layers in (2, 2, 16):  # the first leaves what regions share
+    for layers in (16, 2, 16):  # the first leaves what regions share
         short = empty / f"layers{len(list(empty.iterdir()))}"
         short.mkdir()
         shorten(open_checkpoint(Path(model)), layers, short)
