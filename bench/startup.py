@@ -8,6 +8,7 @@ Each run is a process of its own; seconds are wall time, medians of the runs. Th
               of the second model, if one is named, with what the first left in the caches
     artifact  to the first token, in one process; weights are prepared and in the page cache
     server    to the first token over HTTP
+    depth     from empty caches, but for what regions share: 2 layers, 16 of the same shape
     tiered    through the server from empty caches: to the first token, and to the compiled step
     memory    peak resident memory of the artifact case, when weights are prepared (off: in memory,
               first: into their file) and when they are mapped, in MB, against the bound
@@ -89,7 +90,7 @@ print(json.dumps({"phases": {**phases, "total": total}}))
 """
 
 
-CASES = ("compile", "artifact", "server", "tiered", "memory")
+CASES = ("compile", "depth", "artifact", "server", "tiered", "memory")
 Phases = dict[str, float]
 
 
@@ -124,6 +125,9 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Phases]:
         runs = [compile_twice(options, work / f"empty{run}") for run in range(options.runs)]
         for case in runs[0]:
             results[case] = _median([run[case] for run in runs])
+    if "depth" in options.cases:
+        deep = [_depth(options.model, work / f"depth{run}") for run in range(options.runs)]
+        results["depth"] = _median(deep)
     cache = options.cache_dir or work / "cache"
     model, runs_of = options.model, range(options.runs)
     if set(options.cases) & {"artifact", "server", "memory"}:
@@ -149,6 +153,34 @@ def compile_twice(options: argparse.Namespace, empty: Path) -> dict[str, Phases]
         found["compile a second model"] = second
     shutil.rmtree(empty)
     return found
+
+
+def _depth(model: str, empty: Path) -> Phases:
+    """Seconds to compile the first 2 and 16 layers of a model, and how much more the latter take.
+
+    Every region is compiled in both; the headers and the runtime that regions share are there.
+    """
+    from fxlm.models.checkpoint import open_checkpoint
+    from fxlm.models.shorten import shorten
+
+    environment, cache = _empty_caches(empty), empty / "cache"
+    totals: Phases = {}
+    for layers in (16, 2, 16):  # the first leaves what regions share
+        short = empty / f"layers{len(list(empty.iterdir()))}"
+        short.mkdir()
+        shorten(open_checkpoint(Path(model)), layers, short)
+        totals[f"{layers} layers"] = _child(COMPILE, str(short), cache, environment)["phases"][
+            "total"
+        ]
+        _forget_packages(cache)
+    shutil.rmtree(empty)
+    return {**totals, "ratio": totals["16 layers"] / totals["2 layers"]}
+
+
+def _forget_packages(cache: Path) -> None:
+    for made in [*(cache / "regions").glob("*.pt2"), *(cache / "regions").glob("*.sha256")]:
+        made.unlink()
+    shutil.rmtree(cache / "artifacts", ignore_errors=True)
 
 
 def _memory(model: str, cache: Path) -> dict[str, Phases]:

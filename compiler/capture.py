@@ -7,6 +7,7 @@ attention is the placeholder op ``fxlm::attention``. Nothing here knows a model'
 
 from __future__ import annotations
 
+import logging
 import re
 from typing import Any
 
@@ -16,7 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from fxlm.compiler import ops
 from fxlm.compiler.errors import UnsupportedModel
-from fxlm.compiler.program import MAX_TOKENS, Facts, Input, Program, new_fake_mode
+from fxlm.compiler.layers import Calls, Distinct
+from fxlm.compiler.program import MAX_TOKENS, Facts, Input, Program, new_fake_mode, trust
+
+_log = logging.getLogger(__name__)
 
 
 class _Logits(nn.Module):
@@ -55,7 +59,16 @@ def capture(model: nn.Module, facts: Facts) -> Program:
     with mode:
         ids = torch.zeros(1, 7, dtype=torch.long, device=facts.device)
         positions = torch.zeros(1, 7, dtype=torch.long, device=facts.device)
-    exported, most = _export(_Logits(model), ids, positions, facts.max_position_embeddings)
+    root = _Logits(model)
+    inputs = (ids, positions, facts.max_position_embeddings)
+    try:
+        calls = Calls(root)
+        with calls.watching():
+            exported, most = _export(root, *inputs)
+        return _program(exported, buffers, facts, most, calls)
+    except Distinct as reason:
+        _log.info("every layer is traced: %s", reason)
+    exported, most = _export(root, *inputs)
     return _program(exported, buffers, facts, most)
 
 
@@ -92,7 +105,7 @@ def _export(
     except torch._dynamo.exc.UserError as error:
         if "Constraints violated" not in str(error) or not 2 < context < MAX_TOKENS:
             raise UnsupportedModel(_explain(error)) from error
-    except UnsupportedModel:
+    except (UnsupportedModel, Distinct):
         raise
     except Exception as error:  # whatever model code raises while traced is the model's fault
         raise UnsupportedModel(_explain(error)) from error
@@ -128,11 +141,18 @@ def _explain(error: Exception) -> str:
 
 
 def _program(
-    exported: Any, buffers: dict[str, torch.Tensor], facts: Facts, max_tokens: int
+    exported: Any,
+    buffers: dict[str, torch.Tensor],
+    facts: Facts,
+    max_tokens: int,
+    calls: Calls | None = None,
 ) -> Program:
     graph = fx.Graph()
     graph.output(graph.graph_copy(exported.graph, {}))
     specs = exported.graph_signature.input_specs
+    if calls is not None:
+        placeholders = {node.name: node for node in graph.nodes if node.op == "placeholder"}
+        calls.expand(graph, {s.target: placeholders[s.arg.name] for s in specs if s.target})
     names = [spec.arg.name for spec in specs]
     inputs: dict[str, Input] = {}
     constants: dict[str, torch.Tensor] = {}
@@ -159,6 +179,7 @@ def _program(
         max_tokens=max_tokens,
     )
     program.eliminate_dead_code()
+    trust(program.graph)
     return program
 
 

@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from fxlm.compiler.program import is_view
+
 if TYPE_CHECKING:
     from fxlm.compiler.outline import Outline
     from fxlm.compiler.program import Program
 
 PROBE = 1024
+Memory = tuple[int, int]  # number of the node that made it, and its storage
 
 
 def activation_costs(program: Program, plan: Outline) -> dict[str, int]:
@@ -51,24 +54,41 @@ def peak_bytes(graph: fx.Graph, sizes: dict[Any, int]) -> int:
         sizes: values of the symbols that occur; others count as their hints.
     """
     nodes = list(graph.nodes)
-    given: set[int] = set()
-    last_use: dict[int, int] = {}
+    held = _memory(nodes, sizes)
+    given: set[Memory] = set()
+    last_use: dict[Memory, int] = {}
     for index, node in enumerate(nodes):
         if node.op == "placeholder":
-            given |= set(_storages(node, sizes))
+            given |= set(held[node])
         for used in (node, *node.all_input_nodes):
-            for storage in _storages(used, sizes):
-                last_use[storage] = index
-    alive: dict[int, int] = {}
+            for memory in held[used]:
+                last_use[memory] = index
+    alive: dict[Memory, int] = {}
     most = 0
     for index, node in enumerate(nodes):
         if node.op == "call_function":
-            for storage, size in _storages(node, sizes).items():
-                if storage not in given:
-                    alive[storage] = size
+            for memory, size in held[node].items():
+                if memory not in given:
+                    alive[memory] = size
         most = max(most, sum(alive.values()))
         alive = {s: size for s, size in alive.items() if last_use[s] > index}
     return most
+
+
+def _memory(nodes: list[fx.Node], sizes: dict[Any, int]) -> dict[fx.Node, dict[Memory, int]]:
+    """The memory that each node's value lies in, and its bytes.
+
+    Nodes of equal layers may have one value, so a storage is told apart by the node that made it.
+    """
+    held: dict[fx.Node, dict[Memory, int]] = {}
+    for index, node in enumerate(nodes):
+        inputs = node.all_input_nodes if node.op == "call_function" and is_view(node) else []
+        shared = {memory[1]: memory for i in inputs for memory in held[i]}
+        held[node] = {
+            shared.get(storage, (index, storage)): size
+            for storage, size in _storages(node, sizes).items()
+        }
+    return held
 
 
 def _storages(node: fx.Node, sizes: dict[Any, int]) -> dict[int, int]:

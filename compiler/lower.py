@@ -52,7 +52,7 @@ def lower(regions: Mapping[Path, Region], store: Path, workers: int = 1) -> None
 
 
 def _side_by_side(regions: Mapping[Path, Region], store: Path, work: Path, workers: int) -> None:
-    with side_by_side(store, workers) as builds:
+    with side_by_side(store, workers, precompile=len(regions) > 1) as builds:
         files = {path: _generate(region, _FAST) for path, region in regions.items()}
         builds.wait()
     for path, made in files.items():
@@ -83,8 +83,8 @@ def _package(files: Any, work: Path, path: Path) -> None:
     Path(str(made)).replace(path)
 
 
-# What makes compiling faster and the result no other: headers are parsed as often as a
-# precompiled one would have to be made, and the compiler is taken to know the CPU's instructions
+# What makes compiling faster and the result no other: precompiled headers are those of `builds`,
+# which last longer than one compilation, and the compiler is taken to know the CPU's instructions
 # (it has compiled our own ops for them); if it does not, Inductor's own way follows.
 _FAST: dict[str, Any] = {
     "aot_inductor.precompile_headers": False,

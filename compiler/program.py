@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import fx
 
+from fxlm.compiler.alike import describe
 from fxlm.compiler.errors import PassError
 from fxlm.compiler.ops.kv_cache import scale_columns
 from fxlm.compiler.report import PassReport
@@ -329,13 +330,16 @@ class Program:
         raise AssertionError(f"no step input {name!r}")
 
     def propagate(self, since: fx.Node | None = None) -> None:
-        """Compute ``meta["val"]`` of every call anew, or of those behind the node ``since``."""
+        """Compute ``meta["val"]`` of calls anew, of all or of those behind the node ``since``.
+
+        A call whose arguments have the values that it was computed from keeps what it has.
+        """
         nodes: Iterable[fx.Node] = self.graph.nodes
         if since is not None:
             nodes = itertools.dropwhile(lambda node: node is not since, nodes)
         with self._evaluating():
             for node in nodes:
-                if node.op == "call_function":
+                if node.op == "call_function" and node.meta.get("of") != _given(node):
                     _evaluate(node)
 
     @contextlib.contextmanager
@@ -421,10 +425,58 @@ def ancestors(nodes: Iterable[fx.Node], stop: Any = None) -> Iterator[fx.Node]:
             todo.extend(node.all_input_nodes)
 
 
+class _Same:
+    """A value of a node, equal to itself alone."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is _Same and self.value is other.value
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def trust(graph: fx.Graph) -> None:
+    """Take the values of all calls for what their arguments give."""
+    for node in graph.nodes:
+        if node.op == "call_function":
+            node.meta["of"] = _given(node)
+
+
+def _given(node: fx.Node) -> Any:
+    """What the value of a call depends on: the op, and its arguments by value."""
+    same: Any = _same  # fx types it too narrowly
+    return (node.target, fx.map_arg((node.args, node.kwargs), same))
+
+
+def _same(node: fx.Node) -> _Same:
+    return _Same(node.meta["val"])
+
+
 def _evaluate(node: fx.Node) -> None:
     target: Any = node.target
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    node.meta["val"] = target(*args, **kwargs)
+    found, old = target(*args, **kwargs), node.meta.get("val")
+    if old is None or is_view(node) or not _same_type(old, found):
+        node.meta["val"] = found
+    node.meta["of"] = _given(node)
+
+
+def _same_type(left: Any, right: Any) -> bool:
+    """Whether two results are tensors of one type and shape, so that users need not know."""
+    both = isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor)
+    return both and describe([left]) == describe([right])
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether a call may give memory of its arguments, rather than its own."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return True
+    return any(result.alias_info is not None for result in target._schema.returns)
 
 
 def _is_effect(node: fx.Node) -> bool:

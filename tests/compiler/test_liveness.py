@@ -34,3 +34,10 @@ def test_views_cost_nothing() -> None:
 
 def test_inputs_are_not_counted() -> None:
     assert peak_bytes(build(aten.detach.default), {}) == 0
+
+
+def test_two_nodes_of_one_value_are_two() -> None:
+    graph = build(aten.neg.default, aten.abs.default)
+    first, second = [n for n in graph.nodes if n.op == "call_function"]
+    second.meta["val"] = first.meta["val"]  # as in copies of equal layers
+    assert peak_bytes(graph, {}) == 800
