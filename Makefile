@@ -65,8 +65,10 @@ $(INSTALLED): pyproject.toml $(wildcard constraints.txt) | $(BIN)/pip
 	$(PIP_INSTALL) $(PIP_ARGS) $(addprefix -c ,$(CONSTRAINTS)) --no-build-isolation -e '.[$(EXTRAS)]'
 	@touch $@
 
+# What a machine compiles once: our ops, and the headers that all compiled models share.
 $(OPS_BUILT): $(INSTALLED) $(wildcard compiler/ops/csrc/* compiler/ops/build.py)
 	$(BIN)/python -m fxlm.compiler.ops.build
+	$(BIN)/python -m fxlm.compiler.lower
 	@touch $@
 
 # --- run ---------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ A package holds kernels and wrapper as shared libraries and is opened without In
 without a compiler and without pickle. Inductor writes C++ for one region after another while the
 C++ compiler works on those before (`builds`). Not here: what a step is made of (`outline`), where
 packages are kept (`artifact`).
+
+    python -m fxlm.compiler.lower     makes ahead of time what every compilation shares
 """
 
 from __future__ import annotations
@@ -16,22 +18,27 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from fxlm.compiler.builds import BuildFailed, side_by_side
+from fxlm.compiler.cache import cache_directory
 from fxlm.compiler.errors import UnsupportedModel
 from fxlm.compiler.outline import Region
 
 _log = logging.getLogger(__name__)
 
 
-def lower(regions: Mapping[Path, Region], store: Path, workers: int = 1) -> None:
+def lower(
+    regions: Mapping[Path, Region], store: Path, workers: int = 1, precompile: bool | None = None
+) -> None:
     """Compile each region and write its package (``*.pt2``).
 
     Args:
         regions: by the file to write.
-        store: folder for work in progress, and for code that regions share.
+        store: folder for work in progress.
         workers: runs of the C++ compiler at a time.
+        precompile: make precompiled headers that the machine lacks; None: for several regions.
 
     Raises:
         UnsupportedModel: Inductor cannot compile a region; carries its message.
@@ -43,20 +50,28 @@ def lower(regions: Mapping[Path, Region], store: Path, workers: int = 1) -> None
         fresh_cache(dir=work),  # one of our own: nothing is left behind, nobody else writes to it
         _quiet(),
     ):
+        precompile = len(regions) > 1 if precompile is None else precompile
         try:
-            _side_by_side(regions, store, Path(work), workers)
+            with side_by_side(shared_store(store), workers, precompile=precompile) as builds:
+                files = {path: _generate(region, _FAST) for path, region in regions.items()}
+                builds.wait()
+            for path, made in files.items():
+                _package(made, Path(work), path)
         except BuildFailed as error:
             _log.warning("compiling in Inductor's own way, since %s", error)
             for path, region in regions.items():
                 _package(_generate(region, {}), Path(work), path)
 
 
-def _side_by_side(regions: Mapping[Path, Region], store: Path, work: Path, workers: int) -> None:
-    with side_by_side(store, workers, precompile=len(regions) > 1) as builds:
-        files = {path: _generate(region, _FAST) for path, region in regions.items()}
-        builds.wait()
-    for path, made in files.items():
-        _package(made, work, path)
+def shared_store(store: Path) -> Path:
+    """Where the machine keeps what all compilations share: this user's cache, or else ``store``."""
+    folder = cache_directory() / "headers"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError:
+        return store
 
 
 def _generate(region: Region, settings: Mapping[str, Any]) -> Any:
@@ -114,3 +129,27 @@ def _quiet() -> Iterator[None]:
         yield
     for logger, level in zip(loggers, levels, strict=True):
         logger.setLevel(level)
+
+
+def prepare(workers: int = 2) -> None:
+    """Make what every compilation shares on this machine, by compiling a few operations.
+
+    About 10 s of two cores, once for a compiler and a version of torch.
+    """
+    from fxlm.compiler.program import new_fake_mode
+
+    graph = fx.Graph()
+    with new_fake_mode() as mode:
+        value = mode.from_tensor(torch.empty(8, 64))
+        x = graph.placeholder("x")
+        x.meta["val"] = value
+        made = graph.call_function(torch.ops.aten.relu.default, (x,))
+        made.meta["val"] = torch.relu(value)
+    graph.output((made,))
+    with tempfile.TemporaryDirectory(prefix="fxlm-") as work:
+        region = Region(name="prepare", graph=graph, digest="")
+        lower({Path(work) / "made.pt2": region}, Path(work), workers, precompile=True)
+
+
+if __name__ == "__main__":
+    prepare()
