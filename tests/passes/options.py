@@ -15,7 +15,7 @@ def with_options(item: GraphPass, **options: Any) -> GraphPass:
 
 
 # Passes that run only when they are asked for, with options of their own.
-ASKED_FOR = ("bind_checkpoint", "quantize", "shard", "steer", "tap", "verify")
+ASKED_FOR = ("bind_checkpoint", "cut_stages", "quantize", "shard", "steer", "tap", "verify")
 
 
 def plain_column() -> list[GraphPass]:
