@@ -4,11 +4,13 @@
 
 Each run is a process of its own; seconds are wall time, medians of the runs. The cases:
 
-    compile   from empty caches (ours, Inductor's, the headers') to a compiled artifact; then that
-              of the second model, if one is named, with what the first left in the caches
+    setup     what `make install` compiles once a machine: the ops, and the headers and code that
+              all compiled models share
+    compile   from empty caches (ours and Inductor's), after `setup`, to a compiled artifact; then
+              that of the second model, if one is named, with what the first left in the caches
     artifact  to the first token, in one process; weights are prepared and in the page cache
     server    to the first token over HTTP
-    depth     from empty caches, but for what regions share: 2 layers, 16 of the same shape
+    depth     from empty caches, after `setup`: 2 layers, 16 of the same shape
     tiered    through the server from empty caches: to the first token, and to the compiled step
     memory    peak resident memory of the artifact case, when weights are prepared (off: in memory,
               first: into their file) and when they are mapped, in MB, against the bound
@@ -90,7 +92,7 @@ print(json.dumps({"phases": {**phases, "total": total}}))
 """
 
 
-CASES = ("compile", "depth", "artifact", "server", "tiered", "memory")
+CASES = ("setup", "compile", "depth", "artifact", "server", "tiered", "memory")
 Phases = dict[str, float]
 
 
@@ -121,6 +123,9 @@ def main() -> None:
 def measure(options: argparse.Namespace, work: Path) -> dict[str, Phases]:
     """Seconds by phase for each way of starting."""
     results: dict[str, Phases] = {}
+    if "setup" in options.cases:
+        made = [_setup(work / f"setup{run}") for run in range(options.runs)]
+        results["setup"] = _median(made)
     if "compile" in options.cases:
         runs = [compile_twice(options, work / f"empty{run}") for run in range(options.runs)]
         for case in runs[0]:
@@ -194,10 +199,23 @@ def _memory(model: str, cache: Path) -> dict[str, Phases]:
     return found
 
 
+def _setup(empty: Path) -> Phases:
+    """Seconds of what a machine compiles once."""
+    environment = {**_empty_caches(empty), "XDG_CACHE_HOME": str(empty / "xdg")}
+    found = {}
+    for name, module in (("ops", "fxlm.compiler.ops.build"), ("headers", "fxlm.compiler.lower")):
+        begun = time.time()
+        command = [sys.executable, "-m", module]
+        subprocess.run(command, env=environment, check=True, capture_output=True)
+        found[name] = time.time() - begun
+    shutil.rmtree(empty)
+    return found
+
+
 def _empty_caches(empty: Path) -> dict[str, str]:
-    """An environment in which nothing is compiled yet, apart from fxlm's own C++ ops."""
+    """An environment in which nothing is compiled yet, apart from what `setup` makes."""
     empty.mkdir()
-    # Inductor keeps its precompiled headers under the temporary directory.
+    # Inductor keeps its own precompiled headers under the temporary directory.
     return {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(empty / "inductor"), "TMPDIR": str(empty)}
 
 
