@@ -8,7 +8,9 @@ environment (`bench/drivers`). A block is one measurement of one engine; for eve
 take turns (A B C A B C ...). The read bandwidth is probed before and after each block, and a
 block in a bad spell of the machine (below ``--good`` of the best probe seen) is measured again.
 Figures are medians over the good blocks. An engine that takes longer than ``--patience`` seconds
-for a block gets fewer of them in that row; how many counted is in the JSON.
+for a block gets fewer of them in that row; how many counted is in the JSON. After ``--budget``
+seconds a row ends with the blocks that it has. An engine declines what would take minutes a block
+(`DECLINED`); the reason takes the place of its figure.
 
 Rows: prefill-N (one prompt of N tokens), decode-B (batch B, 256-token prompts), context-N (batch
 4 over N tokens). Served load is `bench/online.py`.
@@ -33,7 +35,14 @@ import torch
 from common import matmul_rate_tflops, print_table, read_bandwidth_gbs, write_results
 
 DRIVERS = Path(__file__).resolve().parent / "drivers"
-ROWS = ("prefill-512", "prefill-4096", "decode-1", "decode-8", "decode-32", "decode-128")
+ROWS = (
+    *("prefill-512", "prefill-4096"),
+    *("decode-1", "decode-8", "decode-32", "decode-128", "context-8192"),
+)
+DECLINED = {
+    ("hf", "decode-128"): "prefills 32k tokens in each block, minutes",
+    ("hf", "context-8192"): "prefills 32k tokens in each block, minutes",
+}
 PROMPT, STEPS, CONTEXT_BATCH = 256, 16, 4
 PROBE_BYTES = 1 << 28
 
@@ -120,6 +129,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--blocks", type=int, default=5, help="good blocks an engine and row")
     parser.add_argument("--good", type=float, default=0.85, help="share of the best probe")
     parser.add_argument("--patience", type=float, default=60.0, help="seconds of a block")
+    parser.add_argument("--budget", type=float, default=240.0, help="seconds of a row's blocks")
     parser.add_argument("--settings", default="{}", help="options of fxlm as JSON")
     parser.add_argument("--name", default="offline", help="of the result file")
     parser.add_argument("--logs", type=Path, default=Path("build/compare"))
@@ -209,10 +219,14 @@ def _row(
     order = _order(name)
     seconds: dict[str, list[float]] = {p.name: [] for p in peers}
     spoilt = dict.fromkeys(seconds, 0)
-    faults: dict[str, str] = {}
+    faults = {p.name: DECLINED[p.name, name] for p in peers if (p.name, name) in DECLINED}
     for peer in peers:  # compiles, fills prefix caches, touches memory
-        _block(peer, order, name, machine, options.patience, faults)
+        if peer.name not in faults:
+            _block(peer, order, name, machine, math.inf, faults)
+    ends = time.perf_counter() + options.budget
     for _ in range(3 * options.blocks):
+        if time.perf_counter() > ends:
+            break
         for peer in peers:
             wanted = 2 if name in peer.slow else options.blocks
             if peer.name in faults or len(seconds[peer.name]) >= wanted:

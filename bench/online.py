@@ -2,13 +2,18 @@
 
     python bench/online.py --server fxlm=http://127.0.0.1:8000 --server vllm=http://127.0.0.1:8001 \
         --concurrency 8 --requests 32 --input 128 --output 64
-    python bench/online.py --server ... --rate 2 --duration 30
+    python bench/online.py --port 8100 --server 'fxlm=fxlm serve MODEL --port 8100' --server ... \
+        --rate 2 --duration 30
+    python bench/online.py --server ... --chat --concurrency 32 --no-stream --output 16
 
-Several servers are loaded in turn, ``--blocks`` times, the others idle meanwhile. With
+Several servers are loaded in turn, ``--blocks`` times, the others idle meanwhile. A server given
+by its command is started for its block, warmed, loaded and ended, so that none shares the machine;
+its start to first token and peak memory are in the row, too. With
 ``--concurrency`` that many requests are always under way; with ``--rate`` they arrive as a
 Poisson process with a fixed seed, whatever the server does. Prompts are token ids drawn anew for
-every request, so no prefix cache helps. Goodput counts requests within ``--slo-ttft`` and
-``--slo-itl`` (its mean). The client streams, and runs on the same cores as the server.
+every request, so no prefix cache helps; with ``--chat``, they are short questions. Goodput counts
+requests within ``--slo-ttft`` and ``--slo-itl`` (its mean). The client streams, and runs on the
+same cores as the server.
 """
 
 from __future__ import annotations
@@ -20,11 +25,13 @@ import random
 import statistics
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
 
 from common import print_table, write_results
+from servers import running
 
 
 @dataclass
@@ -43,21 +50,25 @@ def main() -> None:
     options = _parse()
     servers = dict(text.split("=", 1) for text in options.server)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in servers}
-    for block in range(-1, options.blocks):  # the first warms up
-        for name, url in servers.items():
-            row = asyncio.run(_load(url, options, seed=1000 * (block + 2)))
-            if block >= 0:
-                runs[name].append(row)
+    for block in range(options.blocks):
+        for name, place in servers.items():
+            row = _block(name, place, block, options)
+            print(f"{name}: {row}", flush=True)
+            runs[name].append(row)
     rows = [{"server": n, **_medians(r)} for n, r in runs.items()]
     print_table(rows, title=f"medians of {options.blocks} blocks")
-    chosen = {k: v for k, v in vars(options).items() if k not in ("server", "name")}
+    hidden = ("server", "name", "logs")
+    chosen = {k: v for k, v in vars(options).items() if k not in hidden}
     document = {"rows": rows, "blocks": runs}
     print(write_results(f"online_{options.name}", document, options=chosen))
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--server", action="append", required=True, help="NAME=URL")
+    parser.add_argument("--server", action="append", required=True, help="NAME=URL or NAME=COMMAND")
+    parser.add_argument("--port", type=int, default=8100, help="on which every command listens")
+    parser.add_argument("--logs", type=Path, default=Path("build/compare"))
+    parser.add_argument("--chat", action="store_true", help="short questions to /v1/chat")
     parser.add_argument("--concurrency", type=int, default=8)
     parser.add_argument("--rate", type=float, help="requests/s; instead of --concurrency")
     parser.add_argument("--requests", type=int, default=32)
@@ -71,6 +82,24 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--slo-itl", type=float, default=0.2)
     parser.add_argument("--name", default="load", help="of the result file")
     return parser.parse_args()
+
+
+def _block(name: str, place: str, block: int, options: argparse.Namespace) -> dict[str, Any]:
+    seed = 1000 * (block + 2)
+    if place.startswith("http"):
+        return _warm_and_load(place, options, seed)
+    with running(place, options.port, options.logs / f"online-{name}.log") as server:
+        row = _warm_and_load(server.url, options, seed)
+        start = {"first_token_s": server.first_token, "peak_rss_gb": server.peak_rss_gb()}
+        return row | start
+
+
+def _warm_and_load(url: str, options: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """One round of as many requests as may run at once goes before the one that counts."""
+    few = argparse.Namespace(**vars(options))
+    few.rate, few.requests = None, options.concurrency
+    asyncio.run(_load(url, few, seed + 500))
+    return asyncio.run(_load(url, options, seed))
 
 
 async def _load(url: str, options: argparse.Namespace, seed: int) -> dict[str, Any]:
@@ -90,11 +119,16 @@ async def _load(url: str, options: argparse.Namespace, seed: int) -> dict[str, A
 
 
 def _body(model: str, options: argparse.Namespace, draw: random.Random) -> dict[str, Any]:
-    return {
+    common = {
         "model": model, "max_tokens": options.output, "temperature": 0, "ignore_eos": True,
-        "prompt": [draw.randrange(3, options.vocabulary) for _ in range(options.input)],
         "stream": not options.no_stream,
     }  # fmt: skip
+    if options.chat:
+        question = f"What is {draw.randrange(100)} plus {draw.randrange(100)}?"
+        return common | {"messages": [{"role": "user", "content": question}]}
+    return common | {
+        "prompt": [draw.randrange(3, options.vocabulary) for _ in range(options.input)]
+    }
 
 
 async def _workers(
@@ -123,9 +157,10 @@ async def _arrivals(
 
 async def _request(client: httpx.AsyncClient, body: dict[str, Any]) -> Timing:
     timing = Timing()
+    path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
     started = last = time.perf_counter()
     try:
-        async with client.stream("POST", "/v1/completions", json=body) as answer:
+        async with client.stream("POST", path, json=body) as answer:
             if answer.status_code != 200:
                 timing.fault = f"HTTP {answer.status_code}: {(await answer.aread())[:200]!r}"
                 return timing
@@ -134,7 +169,7 @@ async def _request(client: httpx.AsyncClient, body: dict[str, Any]) -> Timing:
                 timing.tokens = usage["completion_tokens"]
             else:
                 async for line in answer.aiter_lines():
-                    if not line.startswith("data: {") or not json.loads(line[6:])["choices"]:
+                    if not line.startswith("data: {") or not _has_token(json.loads(line[6:])):
                         continue
                     now = time.perf_counter()
                     if timing.tokens:
@@ -146,6 +181,12 @@ async def _request(client: httpx.AsyncClient, body: dict[str, Any]) -> Timing:
         timing.fault = f"{type(error).__name__}: {error}"
     timing.total = time.perf_counter() - started
     return timing
+
+
+def _has_token(chunk: dict[str, Any]) -> bool:
+    """Whether it is more than usage or the role that opens a chat answer."""
+    deltas = [choice.get("delta", choice) for choice in chunk["choices"]]
+    return any("role" not in delta or delta.get("content") for delta in deltas)
 
 
 def _figures(timings: list[Timing], elapsed: float, options: argparse.Namespace) -> dict[str, Any]:

@@ -22,6 +22,7 @@ class Engine:
     """One engine whose steps are timed one by one."""
 
     version = fxlm.__version__
+    keeps_prefixes = True
 
     def __init__(self, model: str, settings: dict[str, object]) -> None:
         self.engine, self.plan, _ = build_engine(from_mapping({"model": model, **settings}))

@@ -19,6 +19,8 @@ from protocol import serve
 class Engine:
     """A bfloat16 model on the CPU."""
 
+    keeps_prefixes = False
+
     def __init__(self, model: str) -> None:
         import torch
         import transformers

@@ -2,7 +2,8 @@
 
 Arguments: a GGUF file, the folder with ``llama-bench`` and ``llama-batched-bench``, the vocabulary
 size (unused by it: the programs draw tokens themselves). Each measurement is a run of a program,
-which maps the file anew; its own timing is taken, so loading does not count.
+which maps the file anew; its own timing is taken, so loading does not count. Above `SHARED`
+prompt tokens the sequences share one prompt (``-pps``): filling so much would take minutes a block.
 """
 
 from __future__ import annotations
@@ -17,9 +18,13 @@ from typing import Any
 
 from protocol import serve
 
+SHARED = 16384
+
 
 class Engine:
     """Two programs and a file."""
+
+    keeps_prefixes = False
 
     def __init__(self, file: str, folder: str, threads: int) -> None:
         self._file, self._folder, self._threads = file, Path(folder), str(threads)
@@ -41,6 +46,8 @@ class Engine:
             return 1.0 / float(self._json("llama-bench", *depth)[0]["avg_ts"])
         sizes = ["-npp", str(context), "-ntg", str(steps), "-npl", str(batch)]
         room = ["-c", str(batch * (context + steps) + 256), "-b", "512", "-ub", "512"]
+        if batch * context > SHARED:
+            room += ["-pps", "-kvu"]
         text = self._run("llama-batched-bench", *sizes, *room, "--output-format", "jsonl")
         row = next(json.loads(line) for line in text.splitlines() if line.startswith("{"))
         return float(row["t_tg"]) / steps

@@ -26,6 +26,8 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "0-1")
 class Engine:
     """An `LLM` whose engine is stepped by hand."""
 
+    keeps_prefixes = True
+
     def __init__(self, model: str, settings: dict[str, Any]) -> None:
         import vllm
 
