@@ -76,7 +76,8 @@ class RankGroup:
             first = str(error).strip().splitlines()[0]
             raise EngineDead(
                 f"{name} over {self.size} ranks failed on rank {self.rank} "
-                f"(other ranks gone, or silent for {self.timeout_s:g} s): {first}"
+                f"(other ranks gone, or silent for {self.timeout_s:g} s; if their steps take "
+                f"that long, raise --distributed-timeout-seconds): {first}"
             ) from error
 
 
