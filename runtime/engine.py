@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 from fxlm.compiler.errors import EngineDead, InvalidRequest, OutOfMemory
 from fxlm.runtime.batch import Batch
+from fxlm.runtime.interrupts import unbroken
 from fxlm.runtime.messages import (
     ITERATION_BUCKETS,
     EngineInfo,
@@ -198,12 +199,19 @@ class Engine:
     def step(self) -> list[Output]:
         """Launch what can be, and commit one step; gives the news of its sequences.
 
+        Ctrl-C is put off until its end; the engine can go on then.
+
         Raises:
             EngineDead: the worker failed; `fail_all` tells what to tell the requests.
         """
         if self.trouble() is not None:
             raise EngineDead(self.dead)
+        with unbroken():  # what it has to tell is told by the next step if Ctrl-C came
+            self._step(self._outputs)
         outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def _step(self, outputs: list[Output]) -> None:
         while self._live and len(self._flying) < self.worker.depth:
             plan = self.plan()
             outputs += self._fail(plan)
@@ -221,7 +229,6 @@ class Engine:
                 self.commit(plan, result, outputs)
         if self.config.check:
             self.scheduler.check()
-        return outputs
 
     @contextmanager
     def _whole(self, plan: Plan, outputs: list[Output]) -> Iterator[None]:
@@ -233,11 +240,7 @@ class Engine:
         except Exception as error:
             lost = isinstance(error, EngineDead)
             self.dead = str(error) if lost else f"{type(error).__name__}: {error}"
-            self._outputs = outputs
             raise EngineDead(self.dead) from error
-        except BaseException:  # Ctrl-C in a notebook: the engine can go on without these
-            self._outputs = outputs + self._lose(plan, "interrupted")
-            raise
 
     def plan(self) -> Plan:
         """Decide what the next step runs; forks join the live sequences here."""

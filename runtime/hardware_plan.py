@@ -1,24 +1,29 @@
 """What a model takes on a given machine, for several numbers of ranks; nothing is loaded.
 
     fxlm plan MODEL --hardware 8xh100-nvlink --tensor-parallel-size 1,2,4,8
+    fxlm plan MODEL --hardware 8xh100-nvlink -tp 1,2,4 --pipeline-parallel-size 1,2
 
 Here: files that describe hardware, and the table. The numbers of the model come from the graphs
 of its ranks, those of the machine from its file. Not here: planning for the machine at hand
 (``memory``).
 
 The floor of a decode step is the time in which a rank reads each of its weights once and sends
-what one token costs (ring algorithms, one latency a collective). A mixture of experts reads fewer
+what one token costs (ring algorithms, one latency a collective). A sequence passes the stages one
+after another, so theirs are added up, and what they hand on. A mixture of experts reads fewer
 weights at batch 1, and all of them at large batches.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import msgspec
+import torch
 
 from fxlm.compiler.artifact import Artifact
 from fxlm.compiler.errors import InvalidOption, PassError
@@ -34,6 +39,8 @@ from fxlm.runtime.options import EngineOptions
 FOLDER = Path(__file__).parent / "hardware"
 GIB = 1 << 30
 CONTEXTS = (2048, 8192, 32768, 131072)
+
+_Value = tuple[str, str, Sequence[int | str]]  # handed on: name, dtype, shape
 
 
 class Hardware(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -68,19 +75,21 @@ class Hardware(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankPlan:
-    """One line of the table; all numbers are those of one rank.
+    """One line of the table; numbers of one rank are those of the stage that has most.
 
     Attributes:
         ranks: that share each layer.
-        weights_bytes: prepared weights.
-        kv_bytes_per_token: in all layers.
+        stages: that the layers are cut into.
+        weights_bytes: prepared weights of one rank.
+        kv_bytes_per_token: in all layers of one rank.
         sent_bytes_per_token: by one rank, for a token whose logits are needed.
-        step_floor_s: see the module.
+        step_floor_s: of all stages; see the module.
         tokens: that the KV memory holds, of all sequences together.
         refusal: why it cannot be; the other numbers are then 0.
     """
 
     ranks: int
+    stages: int = 1
     weights_bytes: int = 0
     kv_bytes_per_token: int = 0
     sent_bytes_per_token: int = 0
@@ -111,52 +120,85 @@ def read_hardware(choice: str) -> Hardware:
 
 
 def plan_ranks(
-    options: EngineOptions, hardware: Hardware, sizes: Sequence[int],
+    options: EngineOptions, hardware: Hardware, sizes: Sequence[int], stages: Sequence[int] = (1,),
     report: Callable[[str, float], None] | None = None,
 ) -> list[RankPlan]:  # fmt: skip
-    """A plan for each number of ranks; the last rank's part is the largest or as large.
+    """A plan for each number of stages and of ranks; no rank of a stage has more than its last.
 
     Args:
-        options: of the engine; its own number of ranks does not count.
+        options: of the engine; its own numbers of ranks and stages do not count.
         hardware: see `read_hardware`.
-        sizes: numbers of ranks.
+        sizes: numbers of ranks that share a layer.
+        stages: numbers of stages.
         report: see `compile_for`.
     """
     plans = []
-    for size in sizes:
+    for count, size in itertools.product(stages, sizes):
+        if not hardware.share(size * count):
+            reason = f"{hardware.name} has {hardware.devices} devices"
+            plans.append(RankPlan(ranks=size, stages=count, refusal=reason))
+            continue
         chosen = replace(
-            options, enforce_eager=True, tensor_parallel_size=size,
+            options, enforce_eager=True, tensor_parallel_size=size, pipeline_parallel_size=count,
             sequence_parallel=options.sequence_parallel and size > 1,
         )  # fmt: skip
-        if not hardware.share(size):
-            reason = f"{hardware.name} has {hardware.devices} devices"
-            plans.append(RankPlan(ranks=size, refusal=reason))
-            continue
         try:
-            artifact = compile_for(chosen, report=report).artifact
+            parts = [
+                compile_for(chosen, rank=stage * size, report=report).artifact
+                for stage in range(count)
+            ]
         except PassError as error:
-            plans.append(RankPlan(ranks=size, refusal=str(error)))
+            plans.append(RankPlan(ranks=size, stages=count, refusal=str(error)))
             continue
-        plans.append(_plan(artifact, hardware, size, options))
+        following = [part.manifest["received"] for part in parts[1:]] + [[]]
+        plans.append(_together([
+            _plan(part, handed, hardware, size, count, options)
+            for part, handed in zip(parts, following, strict=True)
+        ]))  # fmt: skip
     return plans
 
 
-def _plan(artifact: Artifact, hardware: Hardware, ranks: int, options: EngineOptions) -> RankPlan:
+def _together(parts: Sequence[RankPlan]) -> RankPlan:
+    """One line for the stages."""
+    return RankPlan(
+        ranks=parts[0].ranks, stages=parts[0].stages,
+        weights_bytes=max(p.weights_bytes for p in parts),
+        kv_bytes_per_token=max(p.kv_bytes_per_token for p in parts),
+        sent_bytes_per_token=max(p.sent_bytes_per_token for p in parts),
+        step_floor_s=sum(p.step_floor_s for p in parts),
+        tokens=min(p.tokens for p in parts),
+        refusal=next((p.refusal for p in parts if p.refusal), ""),
+    )  # fmt: skip
+
+
+def _plan(
+    artifact: Artifact, handed: Sequence[_Value], hardware: Hardware, ranks: int, stages: int,
+    options: EngineOptions,
+) -> RankPlan:  # fmt: skip
+    """Of one stage, which hands on these values."""
     sent: dict[str, int] = artifact.manifest["communication"]
     weights, per_token = weight_bytes(artifact), cache_bytes_per_token(artifact)
-    bytes_sent = sent["per_token"] + sent["per_row"]
-    share = hardware.share(ranks)
+    bytes_sent = sent["per_token"] + sent["per_row"] + sum(map(_bytes_per_token, handed))
+    share = hardware.share(ranks * stages)
     batched = options.max_num_batched_tokens or (512 if hardware.kind == "cpu" else 2048)
     fixed = weights + activation_bytes(artifact, batched, options.max_num_seqs) + OVERHEAD_BYTES
     free = hardware.memory_bytes * share * options.memory_fraction - fixed
     floor = weights / (hardware.read_bytes_per_s * share)
-    floor += bytes_sent / hardware.link_bytes_per_s + sent["count"] * hardware.link_latency_s
+    messages = sent["count"] + len(handed)
+    floor += bytes_sent / hardware.link_bytes_per_s + messages * hardware.link_latency_s
     return RankPlan(
-        ranks=ranks, weights_bytes=weights, kv_bytes_per_token=per_token,
+        ranks=ranks, stages=stages, weights_bytes=weights, kv_bytes_per_token=per_token,
         sent_bytes_per_token=bytes_sent, step_floor_s=floor,
         tokens=max(int(free // per_token), 0),
         refusal="" if free > 0 else f"{fixed / GIB:.1f} GiB a rank do not fit",
     )  # fmt: skip
+
+
+def _bytes_per_token(value: _Value) -> int:
+    _, kind, shape = value
+    dtype: torch.dtype = getattr(torch, kind)
+    sizes: list[float] = [1 / size if shared else size for size, shared in shape]
+    return round(math.prod(sizes) * dtype.itemsize)
 
 
 def table(hardware: Hardware, plans: Sequence[RankPlan], longest: int) -> list[str]:
@@ -169,15 +211,16 @@ def table(hardware: Hardware, plans: Sequence[RankPlan], longest: int) -> list[s
     """
     lines = [
         f"{hardware.name}: {hardware.about}",
-        f"{'ranks':>5} {'weights':>11} {'KV a token':>12} {'sent a token':>13} "
+        f"{'ranks':>5} {'stages':>6} {'weights':>11} {'KV a token':>12} {'sent a token':>13} "
         f"{'step floor':>11}   context x sequences, at most",
     ]
     for plan in plans:
         if plan.refusal:
-            lines.append(f"{plan.ranks:>5} cannot be: {plan.refusal}")
+            lines.append(f"{plan.ranks:>5} {plan.stages:>6} cannot be: {plan.refusal}")
             continue
         lines.append(
-            f"{plan.ranks:>5} {plan.weights_bytes / GIB:>7.2f} GiB {plan.kv_bytes_per_token:>10} B "
+            f"{plan.ranks:>5} {plan.stages:>6} {plan.weights_bytes / GIB:>7.2f} GiB "
+            f"{plan.kv_bytes_per_token:>10} B "
             f"{plan.sent_bytes_per_token:>11} B {plan.step_floor_s * 1e3:>8.2f} ms   "
             + _contexts(plan.tokens, longest)
         )

@@ -175,17 +175,20 @@ def plan_command(args: argparse.Namespace) -> int:
     from fxlm.runtime.quantize import describe
     from fxlm.runtime.worker import set_threads
 
-    sizes = args.tensor_parallel_size or (1,)
-    args.tensor_parallel_size = max(sizes)
+    sizes, stages = args.tensor_parallel_size or (1,), args.pipeline_parallel_size or (1,)
+    args.tensor_parallel_size, args.pipeline_parallel_size = max(sizes), max(stages)
     options = engine_options(args)
     if args.hardware is not None:
-        return _plan_hardware(options, args.hardware, sizes)
-    if len(sizes) > 1:
-        raise InvalidOption("--tensor-parallel-size", sizes, "several go with --hardware alone")
+        return _plan_hardware(options, args.hardware, sizes, stages)
+    for name, given in (("tensor", sizes), ("pipeline", stages)):
+        if len(given) > 1:
+            reason = "several go with --hardware alone"
+            raise InvalidOption(f"--{name}-parallel-size", given, reason)
     # The graph is enough to plan from; nothing is compiled and no weight is read.
     made = compile_for(replace(options, enforce_eager=True), report=_report)
     draft = compile_draft(replace(options, enforce_eager=True), made.artifact, report=_report)
-    plan = plan_memory(made.artifact, options, draft.artifact if draft else None)
+    ranks = sizes[0] * stages[0]
+    plan = plan_memory(made.artifact, options, draft.artifact if draft else None, share=ranks)
     device, why_device = resolve_device(options.device)
     _, why_dtype = resolve_dtype(options.dtype, stored_dtype(made.checkpoint), device)
     dtype = made.artifact.manifest["model"]["dtype"]
@@ -198,18 +201,28 @@ def plan_command(args: argparse.Namespace) -> int:
         ("threads", str(threads), why_threads),
     ):
         print(f"{name:<26}{value:>18}   {why}")
-    print("\n".join(plan.lines()))
+    lines = plan.lines()
+    if ranks > 1:
+        lines.insert(0, f"of {ranks} ranks, the first of stage 0:")
+    for stage in range(1, stages[0]):
+        rank = stage * sizes[0]
+        other = compile_for(replace(options, enforce_eager=True), rank=rank, report=_report)
+        lines += ["", f"the first rank of stage {stage}:"]
+        lines += plan_memory(other.artifact, options, share=ranks).lines()
+    print("\n".join(lines))
     return 0
 
 
-def _plan_hardware(options: EngineOptions, choice: str, sizes: Sequence[int]) -> int:
-    """A line for each number of ranks, on a machine that need not be this one."""
+def _plan_hardware(
+    options: EngineOptions, choice: str, sizes: Sequence[int], stages: Sequence[int]
+) -> int:
+    """A line for each number of ranks and stages, on a machine that need not be this one."""
     from fxlm.models.facts import facts
     from fxlm.runtime.compile import open_for
     from fxlm.runtime.hardware_plan import plan_ranks, read_hardware, table
 
     hardware = read_hardware(choice)
-    plans = plan_ranks(options, hardware, sizes, _report)
+    plans = plan_ranks(options, hardware, sizes, stages, _report)
     longest = facts(open_for(options).config).max_position_embeddings
     print("\n".join(table(hardware, plans, options.max_model_len or longest)))
     return 0 if any(not plan.refusal for plan in plans) else 1

@@ -144,7 +144,7 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
         help="plan for the machine of this JSON file, or for a known one: cpu-2core-avx512, "
         "h100, 8xh100-nvlink",
     )  # fmt: skip
-    for flag in ("-tp", "--tensor-parallel-size"):
+    for flag in ("-tp", "--tensor-parallel-size", "-pp", "--pipeline-parallel-size"):
         parser._option_string_actions[flag].type = counts
 
 

@@ -8,6 +8,7 @@ it is told alone. Not here: who the ranks are (``place``), how they are started 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -33,7 +34,7 @@ class RankGroup:
         self.rank = rank
         self.size = size
         self.timeout_s = timeout_s
-        self._sending: deque[tuple[Any, torch.Tensor]] = deque()
+        self._sending: deque[tuple[list[Any], list[torch.Tensor]]] = deque()
 
     def all_reduce(self, x: torch.Tensor) -> None:
         """Sum over the ranks, in place."""
@@ -68,16 +69,18 @@ class RankGroup:
         self._wait("all_gather", self._backend.allgather([parts], [x], options))
         return parts
 
-    def send(self, x: torch.Tensor, to: int) -> None:
-        """Hand ``x`` to another rank of the group; returns at once, ``x`` must not change.
+    def send(self, values: Sequence[torch.Tensor], to: int, flying: int) -> None:
+        """Hand values to another rank of the group; returns at once, they must not change.
 
-        A rank takes what is sent to it when it comes to it, so this one must not wait for it:
-        if it is lost, whoever waits for results finds out.
+        A rank takes what is sent to it when it comes to it, so this one must not wait for it.
+        Only what was sent ``flying`` calls ago is waited for, and so let go of: with so many
+        steps in flight at most, it has been taken.
         """
-        x = x.contiguous()
-        while self._sending and self._sending[0][0].is_completed():
-            self._sending.popleft()
-        self._sending.append((self._backend.send([x], to, self.rank), x))
+        given = [x.contiguous() for x in values]
+        self._sending.append(([self._backend.send([x], to, self.rank) for x in given], given))
+        while len(self._sending) > flying:
+            for work in self._sending.popleft()[0]:
+                self._wait("send", work, timedelta(seconds=self.timeout_s))
 
     def receive(self, x: torch.Tensor, source: int) -> None:
         """Fill ``x`` with what rank ``source`` sends; from one rank, things come in order."""
@@ -92,7 +95,8 @@ class RankGroup:
             first = str(error).strip().splitlines()[0]
             raise EngineDead(
                 f"{name} over {self.size} ranks failed on rank {self.rank} "
-                f"(other ranks gone, or silent for {self.timeout_s:g} s): {first}"
+                f"(other ranks gone, or silent for {self.timeout_s:g} s; if their steps take "
+                f"that long, raise --distributed-timeout-seconds): {first}"
             ) from error
 
 

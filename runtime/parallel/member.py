@@ -87,8 +87,7 @@ class Member:
             raise EngineDead(f"one of several ranks cannot fail alone: {error}") from error
         target = place.rank + place.tensor_size
         if not place.is_last or place.rank == place.drawing:
-            for value in values:
-                line.send(value, 0 if place.is_last else target)
+            line.send(values, 0 if place.is_last else target, place.stages)
         return values
 
     def _received(

@@ -1,12 +1,16 @@
 """The engine over the fake model: every way to the same tokens, every way to end."""
 
+import signal
+
 import pytest
 
 from fxlm.compiler.errors import EngineDead, InvalidRequest, OutOfMemory
+from fxlm.runtime.batch import Batch
 from fxlm.runtime.engine import Engine, EngineConfig
 from fxlm.runtime.messages import Output
 from fxlm.runtime.request import Request
 from fxlm.runtime.sampling_params import SamplingParams
+from fxlm.runtime.step import StepResult
 from tests.runtime.fake import FakeWorker, expect, score, spec
 
 
@@ -262,15 +266,32 @@ def test_out_of_memory_fails_the_batch_and_the_engine_goes_on() -> None:
     assert tokens(news["b", 0]) == expect(request("b", 4))
 
 
-def test_an_interrupted_step_ends_its_requests_and_the_engine_goes_on() -> None:
-    engine = make({1: KeyboardInterrupt()}, max_num_batched_tokens=4)  # type: ignore[dict-item]
+@pytest.mark.parametrize("depth", [1, 2])
+def test_ctrl_c_waits_for_the_end_of_the_step_and_nothing_is_lost(depth: int) -> None:
+    class Interrupted(FakeWorker):
+        def run(self, batch: Batch) -> StepResult:
+            if self.num_steps in (1, 2):
+                signal.raise_signal(signal.SIGINT)
+            return super().run(batch)
+
+    engine = Engine(Interrupted(spec(), depth=depth), EngineConfig(check=True))
+    handler = signal.getsignal(signal.SIGINT)
     engine.add_request(request("a", 4, n=3, temperature=1.0, seed=3))
     engine.add_request(request("b", 4))
-    with pytest.raises(KeyboardInterrupt):
-        engine.step()
-    news = drain(engine)
-    assert [news["a", i][-1].message for i in range(3)] == ["interrupted"] * 3
-    assert tokens(news["b", 0]) == expect(request("b", 4))
+    interrupts = 0
+    found: dict[tuple[str, int], list[int]] = {}
+    while engine.has_unfinished():
+        try:
+            for output in engine.step():
+                found.setdefault((output.request_id, output.index), []).extend(output.token_ids)
+        except KeyboardInterrupt:
+            interrupts += 1
+    assert interrupts >= 1
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert found["b", 0] == expect(request("b", 4))
+    for index in range(3):
+        wanted = request("a", 4, n=3, temperature=1.0, seed=3)
+        assert found["a", index] == expect(wanted, index)
 
 
 def test_any_other_exception_ends_the_engine_with_its_reason() -> None:

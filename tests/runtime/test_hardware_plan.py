@@ -46,7 +46,21 @@ def test_a_line_for_each_number_of_ranks(options: EngineOptions) -> None:
     lines = table(FOUR, plans, 512)
     assert lines[0] == "four: made up"
     assert "512 x " in lines[2]
-    assert lines[4].startswith("    3 cannot be: shard:")
+    assert lines[4].startswith("    3      1 cannot be: shard:")
+
+
+def test_stages_have_their_own_layers_and_hand_on(options: EngineOptions) -> None:
+    plans = plan_ranks(options, FOUR, [1, 2, 4], [1, 2, 3])
+    found = {(plan.stages, plan.ranks): plan for plan in plans}
+    one, two = found[1, 1], found[2, 1]
+    assert two.kv_bytes_per_token * 2 == one.kv_bytes_per_token
+    assert one.weights_bytes / 2 <= two.weights_bytes < one.weights_bytes
+    assert two.sent_bytes_per_token == 64 * 4  # the hidden state, once
+    floor = one.weights_bytes / 1e9 + 64 * 4 / 1e6 + 1e-3  # one after another; frequencies twice
+    assert two.step_floor_s == pytest.approx(floor, rel=1e-4)
+    assert found[2, 2].weights_bytes < 0.6 * two.weights_bytes
+    assert found[2, 4].refusal == "four has 4 devices"
+    assert "2 layers cannot be cut into 3 stages" in found[3, 1].refusal
 
 
 def test_a_scatter_and_a_gather_send_what_an_all_reduce_does(options: EngineOptions) -> None:
