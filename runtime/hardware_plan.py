@@ -40,7 +40,7 @@ FOLDER = Path(__file__).parent / "hardware"
 GIB = 1 << 30
 CONTEXTS = (2048, 8192, 32768, 131072)
 
-_Value = tuple[str, str, Sequence[int | str]]  # handed on: name, dtype, shape
+_Value = tuple[str, str, Sequence[Sequence[int]]]  # handed on: see `program.received`
 
 
 class Hardware(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
