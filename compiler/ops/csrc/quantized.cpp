@@ -19,6 +19,7 @@
 
 #include "parallel.h"
 #include "quantized_product.h"
+#include "quantized_tiles.h"
 
 namespace fxlm {
 namespace {
@@ -155,7 +156,8 @@ class Layer {
         units_(steps_ * K::per_step),
         block_(args.num_rows <= kTile ? std::max<int64_t>(segments_, 1)
                                       : std::max<int64_t>(kBlockBytes / (steps_ * 256), 1)),
-        panels_(ceil_div(args.outputs, kPanel)) {}
+        panels_(ceil_div(args.outputs, kPanel)),
+        scales_(ceil_div(args.inputs, args.group)) {}
 
   void run() {
     const bool serial = panels_ * panel_steps_ * (args_.num_rows + 4) < kSerialWork;
@@ -194,7 +196,7 @@ class Layer {
     static thread_local std::vector<Head> heads;
     static thread_local std::vector<float> scales;
     const int64_t rows = args_.num_rows;
-    a_ = aligned(a, segments_ * rows * P * units_);
+    a_ = aligned(a, (segments_ * rows * P + K::kLoose) * units_);
     start_ = aligned(start, segments_ * rows * P);
     heads_ = aligned(heads, segments_ * rows);
     row_scale_ = aligned(scales, rows);
@@ -237,9 +239,9 @@ class Layer {
     int32_t sums[P];
     split<P>(x, count, scale, planes, sums);
     for (int p = 0; p < P; ++p) {
-      start_[at * P + p] = -(K::per_step == 2 ? kShift4 : kShift8) * sums[p];
+      start_[at * P + p] = -K::kShift * sums[p];
       A* to = a_ + (at * P + p) * units_;
-      for (int64_t i = 0; i < units_; ++i) to[i] = digits(bytes[p] + 4 * i);
+      for (int64_t i = 0; i < units_; ++i) to[i] = K::digits(bytes[p] + 4 * i);
     }
     float sum = float(sums[0]);
     for (int p = 1; p < P; ++p) sum = sum * 256.0f + float(sums[p]);
@@ -266,10 +268,21 @@ class Layer {
     static thread_local std::vector<float> buffer;
     float* sums = aligned(buffer, count * kPanel);
     std::memset(sums, 0, count * kPanel * sizeof(float));
-    for (int64_t s = 0; s < segments_; s += block_)
-      one_block(panel, s, std::min(block_, segments_ - s), first, count, sums);
+    if constexpr (K::tiled)
+      on_tiles(panel, first, count, sums);
+    else
+      for (int64_t s = 0; s < segments_; s += block_)
+        one_block(panel, s, std::min(block_, segments_ - s), first, count, sums);
     for (int64_t row = 0; row < count; ++row)
       finish(sums + row * kPanel, panel * kPanel, first + row);
+  }
+
+  void on_tiles(int64_t panel, int64_t first, int64_t count, float* sums) const {
+    const int64_t scales = panel * scales_ * kPanel;
+    K::panel({a_ + first * P * units_, start_ + first * P, heads_ + first, args_.num_rows, count,
+              units_, static_cast<const uint32_t*>(args_.packed) + panel * panel_steps_ * kPanel,
+              panel_steps_, steps_, segments_, scales_ == 1 ? segments_ : args_.group / segment_,
+              args_.scale + scales, args_.offset ? args_.offset + scales : nullptr, sums});
   }
 
   void one_block(int64_t panel, int64_t segment, int64_t count, int64_t first, int64_t rows,
@@ -337,13 +350,12 @@ class Layer {
 
   template <int M, class Product>
   void columns(const Place& place, int64_t lines, float* sums, const Product& product) const {
-    const int64_t groups = ceil_div(args_.inputs, args_.group);
     const int64_t parts = args_.group / segment_;  // segments of a group; one group may end early
     for (int column = 0; column < kPanel; column += width_of(M * P) * W)
       for (int64_t i = 0; i < place.segments; ++i) {
         const int64_t s = place.segment + i, at = s * args_.num_rows + place.row;
-        const int64_t group = groups == 1 ? 0 : s / parts;
-        const int64_t scales = (place.panel * groups + group) * kPanel + column;
+        const int64_t group = scales_ == 1 ? 0 : s / parts;
+        const int64_t scales = (place.panel * scales_ + group) * kPanel + column;
         const Weights w{place.words + i * steps_ * lines * kPanel + column, args_.scale + scales,
                         args_.offset == nullptr ? nullptr : args_.offset + scales};
         product(a_ + at * P * units_, int(units_), start_ + at * P, heads_ + at, w,
@@ -380,18 +392,29 @@ class Layer {
   }
 
   const QuantizedLinear& args_;
-  const int64_t per_word_, segment_, segments_, steps_, panel_steps_, units_, block_, panels_;
+  const int64_t per_word_, segment_, segments_, steps_, panel_steps_, units_, block_, panels_,
+      scales_;  // of an output
   A* a_ = nullptr;
   int32_t* start_ = nullptr;
   Head* heads_ = nullptr;
   float* row_scale_ = nullptr;
 };
 
+template <bool kNibbles, int P>
+void run_planes(const QuantizedLinear& args) {
+#if defined(FXLM_HARDWARE_TILES) || defined(FXLM_EMULATED_TILES)
+  using OnTiles = Tiled<kNibbles, P>;
+  if (OnTiles::fits(segment_inputs(args.code, args.group, args.inputs)) && tiles_allowed())
+    return Layer<OnTiles>(args).run();
+#endif
+  Layer<Integers<kNibbles, P>>(args).run();
+}
+
 template <bool kNibbles>
 void run_integers(const QuantizedLinear& args) {
-  if (args.round_rows) return Layer<Integers<kNibbles, 1>>(args).run();
-  if (args.dtype == Dtype::f32) return Layer<Integers<kNibbles, 3>>(args).run();
-  return Layer<Integers<kNibbles, 2>>(args).run();
+  if (args.round_rows) return run_planes<kNibbles, 1>(args);
+  if (args.dtype == Dtype::f32) return run_planes<kNibbles, 3>(args);
+  return run_planes<kNibbles, 2>(args);
 }
 
 // Inputs that bfloat16 holds are multiplied in it, where the CPU can.

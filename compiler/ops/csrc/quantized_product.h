@@ -131,14 +131,33 @@ inline __attribute__((always_inline)) void add_scaled(const vf (&acc)[M][N], con
     }
 }
 
+// The same of exact sums, P planes a row.
+template <int M, int N, int P>
+inline __attribute__((always_inline)) void add_planes(const vi (&acc)[M * P][N], const Head* heads,
+                                                      const Weights& w, float* sums) {
+  vf values[M][N];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) {
+      vf value = to_floats(acc[m * P][n]);
+#pragma GCC unroll 8
+      for (int p = 1; p < P; ++p)
+        value = fused(value, broadcast(256.0f), to_floats(acc[m * P + p][n]));
+      values[m][n] = P > 1 ? value * broadcast(heads[m].scale) : value;
+    }
+  add_scaled<M, N>(values, heads, w, sums);
+}
+
 // P planes: x = scale * (plane0 * 256**(P-1) + ... ); the digits of a row's planes lie one after
 // another. `start`: -kShift * sum of each plane's bytes.
 template <bool kNibbles, int P>
 struct Integers {
   using A = Digits;
-  static constexpr bool integers = true, expands = false;
-  static constexpr int planes = P;
+  static constexpr bool integers = true, expands = false, tiled = false;
+  static constexpr int planes = P, kShift = kNibbles ? kShift4 : kShift8, kLoose = 0;
   static constexpr int per_step = kNibbles ? 2 : 1;  // digits a step takes
+  static A digits(const int8_t* four) { return fxlm::digits(four); }
 
   template <int M, int N>
   static inline __attribute__((always_inline)) void segment(
@@ -170,18 +189,7 @@ struct Integers {
         }
       }
     }
-    vf values[M][N];
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m)
-#pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) {
-        vf value = to_floats(acc[m * P][n]);
-#pragma GCC unroll 8
-        for (int p = 1; p < P; ++p)
-          value = fused(value, broadcast(256.0f), to_floats(acc[m * P + p][n]));
-        values[m][n] = P > 1 ? value * broadcast(heads[m].scale) : value;
-      }
-    add_scaled<M, N>(values, heads, w, sums);
+    add_planes<M, N, P>(acc, heads, w, sums);
   }
 };
 
@@ -233,8 +241,8 @@ struct Table4 {
 template <class Code>
 struct Decoded {
   using A = float;
-  static constexpr bool integers = false, expands = false;
-  static constexpr int planes = 1;
+  static constexpr bool integers = false, expands = false, tiled = false;
+  static constexpr int planes = 1, kLoose = 0;
   static constexpr int per_step = Code::nibbles ? 8 : 4;
 
   template <int M, int N, int I = 0>
@@ -315,8 +323,8 @@ struct Table4Pairs {
 template <class Code>
 struct Halves {
   using A = uint32_t;
-  static constexpr bool integers = false, expands = true;
-  static constexpr int planes = 1;
+  static constexpr bool integers = false, expands = true, tiled = false;
+  static constexpr int planes = 1, kLoose = 0;
   static constexpr int per_step = Code::per_step;
 
   static void expand(const uint32_t* words, int64_t steps, const float* table,

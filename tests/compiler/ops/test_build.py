@@ -157,7 +157,7 @@ def test_every_isa_passes_the_numeric_tests(isa: str, registered: str) -> None:
         pytest.skip("this CPU does not run it, or it is what the other tests use")
     chosen = "kernel or naive_loop or no_bit or plain_python or logprobs or without_a_number"
     names = ("attention", "linear", "quantized_kernels", "sample")
-    ours = ("linear",) if build.ISAS[isa].for_tests else names
+    ours = ("linear", "quantized_kernels") if build.ISAS[isa].for_tests else names
     files = [str(TESTS / f"test_{name}.py") for name in ours]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", "-k", chosen, *files],
@@ -167,6 +167,36 @@ def test_every_isa_passes_the_numeric_tests(isa: str, registered: str) -> None:
         cwd=TESTS.parents[2],
     )
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_quantized_layers_have_the_same_bits_on_tiles_and_on_vectors() -> None:
+    if build.ISAS["amxemulated"].needs - build.cpu_flags():
+        pytest.skip("the software unit needs AVX2")
+    script = (
+        "import hashlib, torch\n"
+        "import test_quantized_kernels as t\n"
+        "from fxlm.compiler import ops\n"
+        "ops.load()\n"
+        "digest = hashlib.sha256()\n"
+        "for name in (n for n, s in t.SCHEMES.items() if s.kind == 'int'):\n"
+        "    for shape in ((129, 700), (67, 1029), (3, 7)):\n"
+        "        for rows in (1, 6, 17, 67):\n"
+        "            for dtype in t.TOLERANCE:\n"
+        "                y = t.weight_of(name, *shape)(t.normal(rows, shape[1], dtype=dtype))\n"
+        "                digest.update(y.view(torch.uint8).numpy().tobytes())\n"
+        "print(ops.cpu_implementation(), digest.hexdigest())\n"
+    )
+    found = {}
+    for isa in ("amxemulated", "avx2"):
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "FXLM_CPU_ISA": isa, "PYTHONPATH": str(TESTS)},
+        )
+        assert done.stdout.startswith(f"{isa} "), done.stderr
+        found[isa] = done.stdout.split()[1]
+    assert found["amxemulated"] == found["avx2"]
 
 
 def test_where_the_system_denies_tiles_vectors_serve() -> None:
