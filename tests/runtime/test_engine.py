@@ -1,6 +1,8 @@
 """The engine over the fake model: every way to the same tokens, every way to end."""
 
 import signal
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -266,8 +268,16 @@ def test_out_of_memory_fails_the_batch_and_the_engine_goes_on() -> None:
     assert tokens(news["b", 0]) == expect(request("b", 4))
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[Any]:
+    """Python's own handler, which a process started in the background does not have."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("depth", [1, 2])
-def test_ctrl_c_waits_for_the_end_of_the_step_and_nothing_is_lost(depth: int) -> None:
+def test_ctrl_c_waits_for_the_end_of_the_step_and_nothing_is_lost(depth: int, ctrl_c: Any) -> None:
     class Interrupted(FakeWorker):
         def run(self, batch: Batch) -> StepResult:
             if self.num_steps in (1, 2):
@@ -275,7 +285,6 @@ def test_ctrl_c_waits_for_the_end_of_the_step_and_nothing_is_lost(depth: int) ->
             return super().run(batch)
 
     engine = Engine(Interrupted(spec(), depth=depth), EngineConfig(check=True))
-    handler = signal.getsignal(signal.SIGINT)
     engine.add_request(request("a", 4, n=3, temperature=1.0, seed=3))
     engine.add_request(request("b", 4))
     interrupts = 0
@@ -287,7 +296,7 @@ def test_ctrl_c_waits_for_the_end_of_the_step_and_nothing_is_lost(depth: int) ->
         except KeyboardInterrupt:
             interrupts += 1
     assert interrupts >= 1
-    assert signal.getsignal(signal.SIGINT) is handler
+    assert signal.getsignal(signal.SIGINT) is ctrl_c
     assert found["b", 0] == expect(request("b", 4))
     for index in range(3):
         wanted = request("a", 4, n=3, temperature=1.0, seed=3)
