@@ -72,6 +72,11 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return config
 
 
+def num_layers(config: Mapping[str, Any]) -> int | None:
+    """Hidden layers by a raw config; None if it leaves them to its class."""
+    return _find(text_config(config), "num_layers")
+
+
 def facts(source: Any) -> ModelFacts:
     """Read the facts of a raw config dict, a config object, or a model that has one.
 

@@ -176,12 +176,12 @@ def shortened(value: str) -> str:
 
 def explain(target: Target, root: Path) -> list[str]:
     """Each factor of the key, whether the artifact is there, and the nearest one, as lines."""
-    lines = [f"{name:<32}{shortened(value)}" for name, value in flatten(target.factors).items()]
-    lines += ["", f"{'key':<32}{target.key[:32]}", f"{'artifact':<32}{target.path}"]
+    lines = [f"{name:<31} {shortened(value)}" for name, value in flatten(target.factors).items()]
+    lines += ["", f"{'key':<31} {target.key[:32]}", f"{'artifact':<31} {target.path}"]
     found = look_up(target)
     if isinstance(found, Artifact):
-        return [*lines, f"{'state':<32}found, {found.nbytes / 2**20:.1f} MiB, whole"]
-    lines.append(f"{'state':<32}{found.kind}: {found.text}")
+        return [*lines, f"{'state':<31} found, {found.nbytes / 2**20:.1f} MiB, whole"]
+    lines.append(f"{'state':<31} {found.kind}: {found.text}")
     near = nearest(root / "artifacts", target.factors)
     if near is not None and near[0] != target.path:
         lines += ["", f"nearest: {near[0]}", *(f"  {difference}" for difference in near[1])]

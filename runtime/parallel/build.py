@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from fxlm.compiler.errors import EngineDead
+from fxlm.compiler.errors import EngineDead, InvalidOption
+from fxlm.models.facts import num_layers
 from fxlm.runtime.batch import Batch
-from fxlm.runtime.compile import Compilation, Prefix, Report, compile_for
+from fxlm.runtime.compile import Compilation, Prefix, Report, compile_for, open_for
 from fxlm.runtime.engine import Engine, EngineConfig
 from fxlm.runtime.memory import MemoryPlan
 from fxlm.runtime.options import EngineOptions
@@ -116,6 +117,7 @@ def build_parallel(
 ) -> tuple[Engine, MemoryPlan, Compilation]:
     """As `fxlm.runtime.worker.build_engine`, over several ranks."""
     place = place_of(options)
+    refuse_stages(options)
     started_ranks = start_ranks(options, place.size)
     ranks = started_ranks.ranks
     share_cores(options, started_ranks.local_ranks)
@@ -150,6 +152,18 @@ def build_parallel(
     engine = Engine(worker, config, alarm=ranks)
     weakref.finalize(engine, started_ranks.close)
     return engine, replace(plan, spec=worker.spec), made[0]
+
+
+def refuse_stages(options: EngineOptions) -> None:
+    """Refuse more stages than layers before there is a process for each.
+
+    Raises:
+        InvalidOption: says how many layers there are.
+    """
+    stages, layers = options.pipeline_parallel_size, num_layers(open_for(options).config)
+    if layers is not None and stages > layers:
+        reason = f"{layers} layers cannot be cut into {stages} stages; use {layers} or less"
+        raise InvalidOption("pipeline_parallel_size", stages, reason)
 
 
 def start_ranks(options: EngineOptions, size: int) -> Started:

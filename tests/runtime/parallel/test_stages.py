@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fxlm.compiler.errors import EngineDead, PassError
+from fxlm.compiler.errors import EngineDead, InvalidOption
 from fxlm.models.tiny import write_checkpoint
 from fxlm.runtime.check import generate
 from fxlm.runtime.engine import Engine
@@ -84,7 +84,7 @@ def test_steps_fly_and_little_memory_preempts(folder: Path, monkeypatch: Any) ->
 
 def test_more_stages_than_layers_are_refused(folder: Path) -> None:
     model = write_checkpoint("llama", folder / "few")
-    with pytest.raises(PassError, match="2 layers cannot be cut into 3 stages"):
+    with pytest.raises(InvalidOption, match="2 layers cannot be cut into 3 stages"):
         engine(model, pipeline_parallel_size=3)
 
 
