@@ -230,7 +230,7 @@ class Program:
     def eliminate_dead_code(self) -> None:
         """Erase calls that nobody uses and that have no effect, then unused weights."""
         for node in reversed(list(self.graph.nodes)):
-            if node.op == "call_function" and not node.users and not _is_effect(node):
+            if node.op == "call_function" and not node.users and not is_effect(node):
                 self.graph.erase_node(node)
         for node in self.placeholders():
             if not node.users and self.inputs[node.name].role in ("weight", "constant"):
@@ -270,7 +270,7 @@ class Program:
         known: set[fx.Node] = set(self.placeholders("weight") + self.placeholders("constant"))
         for node in self.graph.nodes:
             inputs = node.all_input_nodes
-            if node.op != "call_function" or not inputs or _is_effect(node):
+            if node.op != "call_function" or not inputs or is_effect(node):
                 continue
             if all(i in known for i in inputs):
                 known.add(node)
@@ -479,6 +479,7 @@ def is_view(node: fx.Node) -> bool:
     return any(result.alias_info is not None for result in target._schema.returns)
 
 
-def _is_effect(node: fx.Node) -> bool:
+def is_effect(node: fx.Node) -> bool:
+    """Whether a call writes to its arguments."""
     target = node.target
     return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable

@@ -29,7 +29,7 @@ from torch import fx
 from fxlm.compiler.errors import PassError
 from fxlm.compiler.outline import layer_ranks
 from fxlm.compiler.pipeline import graph_pass
-from fxlm.compiler.program import Input, Program, ancestors, received_name, token_size
+from fxlm.compiler.program import Input, Program, is_effect, received_name, token_size
 
 aten = torch.ops.aten
 
@@ -48,7 +48,7 @@ def cut_stages(program: Program, *, stages: int, stage: int, ranks: int = 1) -> 
     """
     _read_sizes_off_inputs(program)
     weights = program.weight_only()
-    free = _free(program, weights)
+    free = _free(program)
     layers = layer_ranks(program.graph)
     moving = [n for n in program.graph.nodes if n in layers and n not in free | weights]
     stage_of = _assign(program, moving, layers, weights, stages)
@@ -89,17 +89,12 @@ def _same(size: Any, symbol: torch.SymInt) -> bool:
     return isinstance(size, torch.SymInt) and bool(size.node.expr == symbol.node.expr)
 
 
-def _free(program: Program, weights: set[fx.Node]) -> set[fx.Node]:
+def _free(program: Program) -> set[fx.Node]:
     """What follows from step inputs and constants: every stage can compute it."""
     known = set(program.placeholders("step") + program.placeholders("constant"))
-    named = set(program.placeholders("weight"))
     for node in program.graph.nodes:
-        if node.op != "call_function" or node in weights:
-            if node in weights and named.isdisjoint(ancestors([node])):
-                known.add(node)
-            continue
-        mutable = isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-        if not mutable and all(i in known for i in node.all_input_nodes):
+        ready = all(i in known for i in node.all_input_nodes)
+        if node.op == "call_function" and ready and not is_effect(node):
             known.add(node)
     return known
 
