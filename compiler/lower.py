@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import fx, nn
@@ -30,7 +31,12 @@ _log = logging.getLogger(__name__)
 
 
 def lower(
-    regions: Mapping[Path, Region], store: Path, workers: int = 1, precompile: bool | None = None
+    regions: Mapping[Path, Region],
+    store: Path,
+    workers: int = 1,
+    *,
+    precompile: bool | None = None,
+    alone: bool = False,
 ) -> None:
     """Compile each region and write its package (``*.pt2``).
 
@@ -39,6 +45,7 @@ def lower(
         store: folder for work in progress.
         workers: runs of the C++ compiler at a time.
         precompile: make precompiled headers that the machine lacks; None: for several regions.
+        alone: nobody else compiles in this process, ever: what no region needs is left out.
 
     Raises:
         UnsupportedModel: Inductor cannot compile a region; carries its message.
@@ -49,13 +56,14 @@ def lower(
         tempfile.TemporaryDirectory(dir=store, prefix=".lower-") as work,
         fresh_cache(dir=work),  # one of our own: nothing is left behind, nobody else writes to it
         _quiet(),
+        _lean() if alone else contextlib.nullcontext(),
     ):
         precompile = len(regions) > 1 if precompile is None else precompile
         try:
             with side_by_side(shared_store(store), workers, precompile=precompile) as builds:
-                # The largest first: its C++ takes longest, beside the others' turn at Inductor.
-                largest = sorted(regions.items(), key=lambda r: -len(r[1].graph.nodes))
-                files = {path: _generate(region, _FAST) for path, region in largest}
+                # The smallest first: its C++ is compiled beside Inductor's turns at the others.
+                smallest = sorted(regions.items(), key=lambda r: len(r[1].graph.nodes))
+                files = {path: _generate(region, _FAST) for path, region in smallest}
                 builds.wait()
             for path, made in files.items():
                 _package(made, Path(work), path)
@@ -120,6 +128,15 @@ def default_options() -> dict[str, Any]:
 
 
 @contextlib.contextmanager
+def _lean() -> Iterator[None]:
+    """Without Inductor's patterns of attention, which take 0.3 s; attention is an op of ours."""
+    from torch._inductor.fx_passes import fuse_attention
+
+    with mock.patch.object(fuse_attention, "_sfdp_init"):
+        yield
+
+
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Inductor warns of its own internals; a user can act on none of that."""
     loggers = [logging.getLogger(n) for n in ("torch._inductor", "torch._dynamo")]
@@ -150,7 +167,7 @@ def prepare(workers: int = 2) -> None:
     graph.output((made,))
     with tempfile.TemporaryDirectory(prefix="fxlm-") as work:
         region = Region(name="prepare", graph=graph, digest="")
-        lower({Path(work) / "made.pt2": region}, Path(work), workers, precompile=True)
+        lower({Path(work) / "made.pt2": region}, Path(work), workers, precompile=True, alone=True)
 
 
 if __name__ == "__main__":

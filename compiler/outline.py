@@ -73,6 +73,19 @@ def outline(step: fx.Graph, cut: bool | None = None) -> Outline:
     return plan if cut else _outline(step, dict.fromkeys(ranks, 0))
 
 
+def cuts_deeper(plan: Outline, more: int) -> bool:
+    """Whether `outline` would cut the model of ``plan`` if it had ``more`` layers of the last kind.
+
+    Args:
+        plan: of the first layers, cut.
+        more: layers that the whole model has beyond those.
+    """
+    sizes = {region.name: len(region.graph.nodes) for region in plan.regions}
+    nodes = sum(sizes[call.region] for call in plan.calls)
+    layer = sizes[plan.calls[-2].region] if len(plan.calls) > 2 else 0
+    return _cost(plan) < REGION_COST + nodes + more * layer
+
+
 def _cost(plan: Outline) -> int:
     """Time to compile, counted in nodes."""
     return sum(REGION_COST + len(region.graph.nodes) for region in plan.regions)

@@ -73,10 +73,9 @@ def _obstacle(program: Program, group: list[fx.Node]) -> str:
     """Why the group cannot be merged; empty if it can."""
     if any(n.args[0] is not group[0].args[0] for n in group):
         return "the linears have different inputs"
-    fixed = program.weight_only()
     for node in group:
         weight: Any = node.args[1]
-        if weight not in fixed:
+        if not program.is_weight_only(weight):
             return "a weight depends on tokens"
         if len(weight.users) != 1:
             return "a weight is used elsewhere too"

@@ -6,6 +6,7 @@ column, `compiler` everything else. Not here: memory and running (`plan`, `worke
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import shutil
@@ -25,6 +26,7 @@ from fxlm.compiler.artifact import Artifact, dtype_name
 from fxlm.compiler.cache import cache_directory
 from fxlm.compiler.errors import InvalidOption
 from fxlm.compiler.options import CompileOptions
+from fxlm.compiler.outline import Outline, Region
 from fxlm.compiler.program import Program, received
 from fxlm.models.checkpoint import Checkpoint, open_checkpoint
 from fxlm.runtime import machine
@@ -248,6 +250,7 @@ class _Compiler:
         self.on_graph = on_graph
         self.prefix = prefix or Prefix()
         self.seconds: dict[str, float] = {}
+        self.wait: Callable[[], None] = lambda: None  # for regions that are compiled ahead
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -258,6 +261,25 @@ class _Compiler:
             self.report(name, self.seconds[name])
 
     def run(self) -> Compilation:
+        with contextlib.ExitStack() as self.ahead:
+            return self.whole()
+
+    def start_ahead(self) -> None:
+        """Have the regions of the first layers compiled meanwhile, where that pays."""
+        from fxlm.runtime.ahead import first_layers, forked
+
+        if count := first_layers(self.checkpoint, self.options):
+            self.wait = self.ahead.enter_context(forked(lambda: self.compile_first(count)))
+
+    def compile_first(self, count: int) -> None:
+        """Compile the regions of the first ``count`` layers into the pool."""
+        from fxlm.runtime.ahead import outline_first
+
+        plan = outline_first(self.checkpoint, self.options, count)
+        if plan is not None and (missing := self.missing(plan)):
+            self.compile(missing, alone=True)
+
+    def whole(self) -> Compilation:
         program = self.program()
         from fxlm.compiler.hoist import hoist
         from fxlm.compiler.outline import outline
@@ -302,7 +324,7 @@ class _Compiler:
         names = [item.name for item in column]
         shared = min((names.index(n) for n in PARTING if n in names), default=len(names))
         if self.prefix.program is None:
-            start = front(self.checkpoint, self.options, self.stage)
+            start = front(self.checkpoint, self.options, self.stage, self.start_ahead)
             with self.stage("passes"):
                 self.prefix.program = run(start.program, start.column[:shared])
         if shared == len(names):
@@ -312,21 +334,39 @@ class _Compiler:
 
     def lower(self, work: Path, plan: Any) -> None:
         """Compile each region, or take it from the pool of regions compiled before."""
-        from fxlm.compiler.lower import default_options, lower
+
+        pooled = self.pooled(plan)
+        if missing := self.missing(plan):
+            with self.stage(f"compile {', '.join(r.name for r in missing.values())}"):
+                gc.collect()  # what capture and passes left; others compile meanwhile
+                self.wait()
+                if left := self.missing(plan):
+                    self.compile(left)
+        for name, path in pooled.items():
+            shutil.copyfile(path, work / "regions" / f"{name}.pt2")
+
+    def compile(self, regions: dict[Path, Region], *, alone: bool = False) -> None:
+        """Compile regions into the pool; ``alone`` in a process that does nothing else."""
+        from fxlm.compiler.lower import lower
+
+        lower(regions, self.pool, machine.num_cores()[0], alone=alone)
+        for path in regions:
+            _digest_file(path).write_text(artifacts.file_digest(path))
+
+    def missing(self, plan: Outline) -> dict[Path, Region]:
+        """The regions that the pool lacks, by where they belong."""
+        pooled = self.pooled(plan)
+        return {pooled[r.name]: r for r in plan.regions if not _is_whole(pooled[r.name])}
+
+    def pooled(self, plan: Outline) -> dict[str, Path]:
+        """Where the pool has the package of each region, by its name."""
+        from fxlm.compiler.lower import default_options
 
         self.pool.mkdir(parents=True, exist_ok=True)
         same = {k: self.target.factors[k] for k in ("versions", "device")}
         # A package depends on the graph, not on the code that made it.
         identities = {r.name: [r.digest, same, default_options()] for r in plan.regions}
-        pooled = {n: self.pool / f"{keys.digest(i)[:32]}.pt2" for n, i in identities.items()}
-        missing = {pooled[r.name]: r for r in plan.regions if not _is_whole(pooled[r.name])}
-        if missing:
-            with self.stage(f"compile {', '.join(r.name for r in missing.values())}"):
-                lower(missing, self.pool, machine.num_cores()[0])
-            for path in missing:
-                _digest_file(path).write_text(artifacts.file_digest(path))
-        for name, path in pooled.items():
-            shutil.copyfile(path, work / "regions" / f"{name}.pt2")
+        return {n: self.pool / f"{keys.digest(i)[:32]}.pt2" for n, i in identities.items()}
 
     def manifest(self, target: Target, program: Program, cut: Any, plan: Any) -> dict[str, Any]:
         from fxlm.compiler.liveness import activation_costs

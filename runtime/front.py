@@ -49,6 +49,7 @@ def front(
     checkpoint: Checkpoint,
     options: CompileOptions,
     stage: Callable[[str], AbstractContextManager[Any]] = nullcontext,
+    built: Callable[[], None] = lambda: None,
 ) -> Front:
     """Build and capture a model, and lay out its column.
 
@@ -56,6 +57,7 @@ def front(
         checkpoint: opened.
         options: see `CompileOptions`.
         stage: entered with the name of each stage while it runs.
+        built: called when the module is built and not yet captured.
 
     Raises:
         UnsupportedModel: the model does not build or does not capture.
@@ -71,6 +73,7 @@ def front(
         facts = _facts(model, options, dtype)
         fix_lengths(model, options.max_model_len or facts.max_position_embeddings)
         binding = bind(checkpoint, model)
+    built()
     with stage("capture"):
         program = capture(model, facts)
     raw = {n: _raw_type(checkpoint, n) for n in binding.names}
