@@ -274,8 +274,7 @@ class Layer {
     else
       for (int64_t s = 0; s < segments_; s += block_)
         one_block(panel, s, std::min(block_, segments_ - s), first, count, sums);
-    for (int64_t row = 0; row < count; ++row)
-      finish(args_, sums + row * kPanel, row_scale_[first + row], panel, first + row);
+    finish(args_, sums, row_scale_, panel, first, count);
   }
 
   void on_tiles(int64_t panel, int64_t first, int64_t count, float* sums) const {

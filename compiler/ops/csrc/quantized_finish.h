@@ -1,5 +1,5 @@
-// The last step of a row of quantized.cpp: from the sums of a panel to outputs, by way of the row's
-// scale, the bias, a function and a gate. All of it in float32, rounded once.
+// The last step of a panel of quantized.cpp: from sums to outputs, by way of each row's scale, the
+// bias, a function and a gate. All of it in float32, rounded once.
 #pragma once
 
 #include <algorithm>
@@ -36,37 +36,49 @@ vf scaled(const float* sums, float row_scale, const T* bias, int count) {
   return value + (count == W ? load(bias) : load_part(bias, count));
 }
 
-template <class T>
-void write(const QuantizedLinear& args, const float* sums, float row_scale, int64_t panel,
-           int64_t row) {
-  const int64_t wide = args.gated ? kPanelPairs : kPanel, column = panel * wide;
-  const int64_t columns = args.gated ? args.outputs / 2 : args.outputs;
-  T* out = static_cast<T*>(args.out) + row * columns + column;
+// Sums [count][kPanel] of rows from `first` on -> out. Plain: neither function nor gate.
+template <class T, bool kPlain>
+void write(const QuantizedLinear& args, const float* sums, const float* row_scale, int64_t panel,
+           int64_t first, int64_t count) {
+  const bool gated = !kPlain && args.gated;
+  const int64_t wide = gated ? kPanelPairs : kPanel, column = panel * wide;
+  const int64_t columns = gated ? args.outputs / 2 : args.outputs;
+  const int last = int(std::min(wide, columns - column));
   const T* bias = args.bias ? static_cast<const T*>(args.bias) + column : nullptr;
-  const int count = int(std::min(wide, columns - column));
-  for (int i = 0; i < count; i += W) {
-    const int part = std::min(W, count - i);
-    vf value = apply(args.function, scaled(sums + i, row_scale, bias ? bias + i : bias, part));
-    if (args.gated)
-      value = value * scaled(sums + kPanelPairs + i, row_scale, bias ? bias + columns + i : bias,
-                             part);
-    if (part == W)
-      store(out + i, value);
-    else
-      store_part(out + i, value, part);
+  for (int64_t row = first; row < first + count; ++row, sums += kPanel) {
+    T* out = static_cast<T*>(args.out) + row * columns + column;
+    for (int i = 0; i < last; i += W) {
+      const int part = std::min(W, last - i);
+      vf value = scaled(sums + i, row_scale[row], bias ? bias + i : bias, part);
+      if (!kPlain) value = apply(args.function, value);
+      if (gated)
+        value = value * scaled(sums + kPanelPairs + i, row_scale[row],
+                               bias ? bias + columns + i : bias, part);
+      if (part == W)
+        store(out + i, value);
+      else
+        store_part(out + i, value, part);
+    }
   }
 }
 
-// Sums [kPanel] of one row -> out.
-void finish(const QuantizedLinear& args, const float* sums, float row_scale, int64_t panel,
-            int64_t row) {
+template <class T, class... Of>
+void write_any(const QuantizedLinear& args, Of... of) {
+  if (args.function == Function::none && !args.gated)
+    write<T, true>(args, of...);
+  else
+    write<T, false>(args, of...);
+}
+
+template <class... Of>
+void finish(const QuantizedLinear& args, Of... of) {
   switch (args.dtype) {
     case Dtype::f32:
-      return write<float>(args, sums, row_scale, panel, row);
+      return write_any<float>(args, of...);
     case Dtype::bf16:
-      return write<Bf16>(args, sums, row_scale, panel, row);
+      return write_any<Bf16>(args, of...);
     case Dtype::f16:
-      return write<F16>(args, sums, row_scale, panel, row);
+      return write_any<F16>(args, of...);
   }
 }
 
