@@ -14,10 +14,12 @@ from fxlm.passes.fuse_activation import fuse_activation
 from fxlm.passes.fuse_gate_up import fuse_gate_up
 from fxlm.passes.fuse_quantized_linear import fuse_quantized_linear
 from fxlm.passes.quantize import quantize
+from tests.passes.sharding import rank_of
 from tests.programs import IDS, captured, configured, run_dense
 
 aten = torch.ops.aten
 fxlm = torch.ops.fxlm
+MLP_WIDTHS = {"llama": 96, "phi3": 96, "opt": 96, "bloom": 256}
 
 
 def prepared(model_type: str = "llama", scheme: str = "int8wo", **overrides: object) -> Program:
@@ -59,6 +61,19 @@ def test_a_gate_by_itself() -> None:
     """Blocks of 128 outputs cannot be merged where a layer has 96."""
     program = pipeline.run(prepared("llama", "fp8-block"), [fuse_activation])
     assert epilogues(program) == ["silu"] * 2
+
+
+@pytest.mark.parametrize(("model_type", "epilogue"), [
+    ("llama", "silu_and_mul"), ("phi3", "silu_and_mul"), ("opt", "relu"), ("bloom", "gelu_tanh"),
+])  # fmt: skip
+def test_fires_on_the_part_of_a_rank(model_type: str, epilogue: str) -> None:
+    """What ranks share comes behind the activation: its inputs are cut by columns."""
+    program = rank_of(model_type, ranks=2, rank=1)
+    rounding = configured(quantize, quantization="int8wo")
+    pipeline.run(program, [rounding, fuse_gate_up, fuse_quantized_linear, fuse_activation])
+    assert epilogues(program) == [epilogue] * 2
+    widths = {n.meta["val"].shape[-1] for n in program.find(fxlm.quantized_linear.default)}
+    assert MLP_WIDTHS[model_type] // 2 in widths
 
 
 def test_stays_away_from_another_function() -> None:
