@@ -9,6 +9,7 @@ from fxlm.compiler.pipeline import GraphPass
 from fxlm.passes.bind_checkpoint import bind_checkpoint
 from fxlm.passes.cleanup import cleanup
 from fxlm.passes.cut_stages import cut_stages
+from fxlm.passes.fuse_activation import fuse_activation
 from fxlm.passes.fuse_gate_up import fuse_gate_up
 from fxlm.passes.fuse_qkv import fuse_qkv
 from fxlm.passes.fuse_quantized_linear import fuse_quantized_linear
@@ -37,6 +38,7 @@ COLUMN: tuple[GraphPass, ...] = (
     verify,  # counts the drafted tokens that hold; only where something is drafted
     cut_stages,  # this stage's layers; left out unless several stages share the model
     fuse_quantized_linear,  # linears that read quantized weights as they are
+    fuse_activation,  # those apply the activation and the gate that follow, too
     pack_linears,  # weights in panels; left out where it does not pay
 )
 

@@ -30,14 +30,14 @@ def part_merged_linears(program: Program) -> int:
     count = 0
     for node in program.linears():
         if node.args[1] in fixed:
-            pieces = _pieces(node)
+            pieces = pieces_of(node)
             if len(pieces) > 1:
                 _part(program, node, pieces)
                 count += 1
     return count
 
 
-def _pieces(node: fx.Node) -> dict[fx.Node, tuple[int, int]]:
+def pieces_of(node: fx.Node) -> dict[fx.Node, tuple[int, int]]:
     """Users that are slices of the last dimension, with start and end; {} if others are there."""
     found: dict[fx.Node, tuple[int, int]] = {}
     last = len(sizes(node)) - 1

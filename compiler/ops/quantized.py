@@ -25,17 +25,22 @@ or ``int8``), as the scheme or the checkpoint has it.
 
 with zeros past the weight's sizes, P = ceil(N / 64). Four neighbouring inputs of an output lie
 together, as VNNI multiplies them; a 4-bit step unpacks by one `and` and one shift into two 8-bit
-steps. Not here: the kernels (csrc/), which passes place the ops (``fxlm.passes``), the formats of
+steps. A ``gated`` weight, gate and up one after another, has 32 outputs of each half in a panel:
+for 64 p + c read 32 p + c if c < 32, else N / 2 + 32 p + c - 32. Whoever has multiplied a panel
+then has both factors of 32 products, and panels are read in one stream as ever.
+
+Not here: the kernels (csrc/), which passes place the ops (``fxlm.passes``), the formats of
 checkpoints (``fxlm.models.formats``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, pad
+from torch.nn.functional import gelu, linear, pad, relu, silu
 
 DEQUANTIZE = (
     "(Tensor codes, Tensor scale, Tensor? offset, Tensor? table, int bits, int[] block, "
@@ -47,11 +52,11 @@ QUANTIZE_INT = (
     "Tensor offset)"
 )
 QUANTIZE_FP8 = "(Tensor weight, int[] block) -> (Tensor codes, Tensor scale)"
-PACK_CODES = "(Tensor codes, int bits, bool table) -> Tensor"
-PACK_SCALE = "(Tensor scale, int n, int rows) -> Tensor"
+PACK_CODES = "(Tensor codes, int bits, bool table, bool gated=False) -> Tensor"
+PACK_SCALE = "(Tensor scale, int n, int rows, bool gated=False) -> Tensor"
 QUANTIZED_LINEAR = (
     "(Tensor x, Tensor packed, Tensor scale, Tensor? offset, Tensor? table, Tensor? bias, "
-    "int n, int bits, int group, str activation) -> Tensor"
+    'int n, int bits, int group, str activation, str epilogue="none") -> Tensor'
 )
 QUANTIZED_ROWS = (
     "(Tensor packed, Tensor scale, Tensor? offset, Tensor? table, Tensor ids, int k, int bits, "
@@ -61,6 +66,11 @@ QUANTIZED_ROWS = (
 PANEL = 64  # outputs a panel
 STEP = 4  # neighbouring inputs of one output
 ACTIVATIONS = ("none", "int8")
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": relu, "silu": silu, "gelu": gelu, "gelu_tanh": partial(gelu, approximate="tanh"),
+}  # fmt: skip
+GATED = "_and_mul"
+EPILOGUES = ("none", *FUNCTIONS, *(name + GATED for name in FUNCTIONS))
 FP8_MAX = 448.0  # of float8_e4m3fn
 TILE = 1 << 22  # elements that are widened to float32 at a time
 
@@ -266,75 +276,92 @@ def round_fp8(
 # ---- the packed form -------------------------------------------------------------------------
 
 
-def fake_pack_codes(codes: Tensor, bits: int, table: bool) -> Tensor:
+def fake_pack_codes(codes: Tensor, bits: int, table: bool, gated: bool = False) -> Tensor:
     """codes [N,K] -> [ceil(N/64), ceil(K/(32/bits)), 64, 4]."""
     assert bits == 8 or codes.dtype == torch.int8, (bits, codes.dtype)
+    assert not (gated and codes.shape[0] % 2), list(codes.shape)
     outputs, inputs = codes.shape
     per_step = STEP * 8 // bits
     shape = (-(-outputs // PANEL), -(-inputs // per_step), PANEL, STEP)
     return codes.new_empty(shape, dtype=torch.uint8 if bits == 4 else codes.dtype)
 
 
-def pack_codes(codes: Tensor, bits: int, table: bool) -> Tensor:
+def pack_codes(codes: Tensor, bits: int, table: bool, gated: bool = False) -> Tensor:
     """Bring codes [N,K] into panels; see the module for the layout."""
-    outputs, inputs = codes.shape
     per_step = STEP * 8 // bits
-    missing = (0, -inputs % per_step, 0, -outputs % PANEL)
     raw = codes.view(torch.int8)
     nibbles = raw + 8 if bits == 4 and not table else raw
-    padded = pad(nibbles, missing).view(-(-outputs // PANEL), PANEL, -1, per_step)
-    steps = padded.transpose(1, 2).contiguous()
+    panels = _to_panels(pad(nibbles, (0, -codes.shape[1] % per_step)), gated)
+    steps = panels.view(len(panels), PANEL, -1, per_step).transpose(1, 2).contiguous()
     if bits == 8:
         return steps.view(codes.dtype)
     nibble = steps.view(torch.uint8)
     return nibble[..., :STEP] | nibble[..., STEP:] << 4
 
 
-def unpack_codes(packed: Tensor, outputs: int, inputs: int, bits: int, table: bool) -> Tensor:
+def _to_panels(rows: Tensor, gated: bool) -> Tensor:
+    """[N,C] -> [ceil(N/64),64,C], zeros behind the last row."""
+    parts = 2 if gated else 1
+    count, wide = len(rows) // parts, PANEL // parts
+    padded = pad(rows.reshape(parts, count, -1), (0, 0, 0, -count % wide))
+    return padded.view(parts, -(-count // wide), wide, -1).transpose(0, 1).flatten(1, 2)
+
+
+def _from_panels(panels: Tensor, outputs: int, gated: bool) -> Tensor:
+    """The reverse: [P,64,C] -> [outputs,C]."""
+    parts = 2 if gated else 1
+    halves = panels.reshape(len(panels), parts, PANEL // parts, -1).transpose(0, 1).flatten(1, 2)
+    return halves[:, : outputs // parts].flatten(0, 1)
+
+
+def unpack_codes(
+    packed: Tensor, outputs: int, inputs: int, bits: int, table: bool, gated: bool = False
+) -> Tensor:
     """The codes [N,K] that were packed: int8 or float8_e4m3fn."""
     if bits == 8:
         steps = packed.view(torch.int8)
     else:
         steps = torch.cat([packed & 15, packed >> 4], dim=-1).view(torch.int8)
         steps = steps if table else steps - 8
-    panels, count, columns, per_step = steps.shape
-    whole = steps.transpose(1, 2).reshape(panels * columns, count * per_step)
-    codes = whole[:outputs, :inputs].contiguous()
+    codes = _from_panels(steps.transpose(1, 2).flatten(2), outputs, gated)[:, :inputs].contiguous()
     return codes.view(packed.dtype) if bits == 8 else codes
 
 
-def fake_pack_scale(scale: Tensor, n: int, rows: int) -> Tensor:
+def fake_pack_scale(scale: Tensor, n: int, rows: int, gated: bool = False) -> Tensor:
     """scale [ceil(n/rows),G] -> [ceil(n/64),G,64]."""
     return scale.new_empty((-(-n // PANEL), scale.shape[1], PANEL))
 
 
-def pack_scale(scale: Tensor, n: int, rows: int) -> Tensor:
+def pack_scale(scale: Tensor, n: int, rows: int, gated: bool = False) -> Tensor:
     """Bring scales or offsets into panels, one for each of ``n`` outputs; see the module.
 
     Args:
         scale: [ceil(n/rows),G].
         n: outputs of the weight.
         rows: outputs that share a scale; 0: all.
+        gated: as the codes are packed.
     """
     each = scale[torch.arange(n, device=scale.device) // (rows or n)]
-    return pad(each, (0, 0, 0, -n % PANEL)).view(-1, PANEL, scale.shape[1]).transpose(
-        1, 2
-    ).contiguous()  # fmt: skip
+    return _to_panels(each, gated).transpose(1, 2).contiguous()
 
 
 def fake_quantized_linear(
     x: Tensor, packed: Tensor, scale: Tensor, offset: Tensor | None, table: Tensor | None,
-    bias: Tensor | None, n: int, bits: int, group: int, activation: str,
+    bias: Tensor | None, n: int, bits: int, group: int, activation: str, epilogue: str = "none",
 ) -> Tensor:  # fmt: skip
-    """x [...,K] -> [...,n], contiguous."""
-    return x.new_empty((*x.shape[:-1], n))
+    """x [...,K] -> [...,n], [...,n/2] if gated; contiguous."""
+    assert epilogue in EPILOGUES, epilogue
+    return x.new_empty((*x.shape[:-1], n // 2 if epilogue.endswith(GATED) else n))
 
 
 def quantized_linear(
     x: Tensor, packed: Tensor, scale: Tensor, offset: Tensor | None, table: Tensor | None,
-    bias: Tensor | None, n: int, bits: int, group: int, activation: str,
+    bias: Tensor | None, n: int, bits: int, group: int, activation: str, epilogue: str = "none",
 ) -> Tensor:  # fmt: skip
     """``linear(x, dequantize(...), bias)`` over the packed form, summed in float32 at least.
+
+    What follows by way of ``epilogue`` sees these sums, not their rounding to x's dtype: one
+    rounding less than the ops by themselves make, two where the result is gated.
 
     Args:
         x: [...,K], any strides.
@@ -347,17 +374,24 @@ def quantized_linear(
         group: inputs that share a scale; 0: all.
         activation: ``none``: x as it is (the CPU kernels keep 16 bits of it, 24 of float32, by
             segments: csrc/quantized.cpp); ``int8``: each row of x rounded by `round_rows`.
+        epilogue: what is done to y [...,n]: ``none``; one of `FUNCTIONS`; its name and
+            ``_and_mul`` for f(y[...,:n/2]) * y[...,n/2:], over a weight that is packed ``gated``.
 
     Returns:
-        [...,n] in x's dtype, contiguous.
+        [...,n] in x's dtype, [...,n/2] if gated; contiguous.
     """
     exact = torch.float64 if x.dtype == torch.float64 else torch.float32
     wide = x.to(exact)
     if activation == "int8":
         codes, row_scale = round_rows(wide)
         wide = codes * row_scale
-    weight = _unpack(packed, scale, offset, table, n, x.shape[-1], bits, group).to(exact)
-    return linear(wide, weight, None if bias is None else bias.to(exact)).to(x.dtype).contiguous()
+    gated = epilogue.endswith(GATED)
+    weight = _unpack(packed, scale, offset, table, n, x.shape[-1], bits, group, gated).to(exact)
+    y = linear(wide, weight, None if bias is None else bias.to(exact))
+    if epilogue != "none":
+        function = FUNCTIONS[epilogue.removesuffix(GATED)]
+        y = function(y[..., : n // 2]) * y[..., n // 2 :] if gated else function(y)
+    return y.to(x.dtype).contiguous()
 
 
 def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -368,12 +402,12 @@ def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _unpack(
     packed: Tensor, scale: Tensor, offset: Tensor | None, table: Tensor | None, outputs: int,
-    inputs: int, bits: int, group: int,
+    inputs: int, bits: int, group: int, gated: bool,
 ) -> Tensor:  # fmt: skip
     """The weight [outputs,inputs] in float32."""
-    codes = unpack_codes(packed, outputs, inputs, bits, table is not None)
-    each = scale.transpose(1, 2).flatten(0, 1)[:outputs]
-    shift = None if offset is None else offset.transpose(1, 2).flatten(0, 1)[:outputs]
+    codes = unpack_codes(packed, outputs, inputs, bits, table is not None, gated)
+    each = _from_panels(scale.transpose(1, 2), outputs, gated)
+    shift = None if offset is None else _from_panels(offset.transpose(1, 2), outputs, gated)
     return dequantize(codes, each, shift, table, bits, (1, group), torch.float32, "none")
 
 

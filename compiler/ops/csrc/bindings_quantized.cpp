@@ -12,19 +12,32 @@ Code code_of(ScalarType stored, int64_t bits, bool table) {
   return bits == 8 ? Code::int8 : table ? Code::table4 : Code::int4;
 }
 
-Tensor pack_codes_cpu(Tensor codes, int64_t bits, bool table) {
+// Of an epilogue's name.
+Function function_of(std::string name) {
+  for (const auto& [known, function] : {std::pair{"none", Function::none},
+                                        {"relu", Function::relu},
+                                        {"silu", Function::silu},
+                                        {"gelu", Function::gelu},
+                                        {"gelu_tanh", Function::gelu_tanh}})
+    if (name == known) return function;
+  FXLM_CHECK(false, "epilogue is \"", name, "\"");
+}
+
+Tensor pack_codes_cpu(Tensor codes, int64_t bits, bool table, bool gated) {
   const auto type = codes.scalar_type();
   FXLM_CHECK(codes.dim() == 2, "codes are not [N, K]");
   const int64_t outputs = codes.size(0), inputs = codes.size(1);
+  FXLM_CHECK(!gated || outputs % 2 == 0, "a gated weight has ", outputs, " outputs, an odd number");
   const bool known = type == ScalarType::Char || (type == ScalarType::Float8_e4m3fn && bits == 8);
   if (!known || (bits != 4 && bits != 8) || (inputs > 1 && codes.stride(1) != 1))
-    return one_result<3>("fxlm::pack_codes_reference", {from(codes), from(bits), from(table)});
+    return one_result<4>("fxlm::pack_codes_reference",
+                         {from(codes), from(bits), from(table), from(gated)});
   const Code code = code_of(type, bits, table);
   const int64_t per_word = inputs_per_word(code);
   Tensor packed = empty_cpu(
       {(outputs + kPanel - 1) / kPanel, (inputs + per_word - 1) / per_word, kPanel, 4},
       bits == 4 ? aoti_torch_dtype_uint8() : type_of(codes));
-  pack_codes({code, codes.data_ptr(), outputs, inputs, codes.stride(0), packed.data_ptr()});
+  pack_codes({code, codes.data_ptr(), outputs, inputs, codes.stride(0), gated, packed.data_ptr()});
   return packed;
 }
 
@@ -53,7 +66,7 @@ void check_words(const Tensor& packed, Code code, int64_t n, int64_t inputs) {
 
 Tensor quantized_linear_cpu(Tensor x, Tensor packed, Tensor scale, MaybeTensor offset,
                             MaybeTensor table, MaybeTensor bias, int64_t n, int64_t bits,
-                            int64_t group, std::string activation) {
+                            int64_t group, std::string activation, std::string epilogue) {
   FXLM_CHECK(x.dim() >= 1 && n >= 0 && group >= 0, "x has no dimension, or n or group is negative");
   const auto dtype = dtype_of(x);
   const int64_t inputs = x.size(x.dim() - 1);
@@ -63,9 +76,10 @@ Tensor quantized_linear_cpu(Tensor x, Tensor packed, Tensor scale, MaybeTensor o
                      is_floats(scale) && is_floats(offset) && is_floats(table) &&
                      (bits == 4 || !table) && segment_inputs(code, size, inputs) > 0;
   if (!known)
-    return one_result<10>("fxlm::quantized_linear_reference",
-                          {from(x), from(packed), from(scale), from(offset), from(table),
-                           from(bias), from(n), from(bits), from(group), from(activation)});
+    return one_result<11>(
+        "fxlm::quantized_linear_reference",
+        {from(x), from(packed), from(scale), from(offset), from(table), from(bias), from(n),
+         from(bits), from(group), from(activation), from(epilogue)});
   check_words(packed, code, n, inputs);
   check_scale(scale, n, inputs, size, "scale");
   check_scale(offset, n, inputs, size, "offset");
@@ -76,16 +90,21 @@ Tensor quantized_linear_cpu(Tensor x, Tensor packed, Tensor scale, MaybeTensor o
   std::vector<int64_t> sizes;
   int64_t rows = 1;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) sizes.push_back(x.size(i)), rows *= x.size(i);
-  sizes.push_back(n);
+  const std::string gate = "_and_mul";
+  const size_t named = epilogue.size() < gate.size() ? 0 : epilogue.size() - gate.size();
+  const bool gated = epilogue.substr(named) == gate;
+  FXLM_CHECK(!gated || n % 2 == 0, "a gated layer has ", n, " outputs, an odd number");
+  const Function function = function_of(gated ? epilogue.substr(0, named) : epilogue);
+  sizes.push_back(gated ? n / 2 : n);
   const auto offsets = row_offsets(x, rows);
   Tensor out = empty_cpu(sizes, type_of(x));
   const auto floats = [](const MaybeTensor& t) {
     return t ? static_cast<const float*>(t->data_ptr()) : nullptr;
   };
-  quantized_linear({*dtype, code, activation == "int8", x.data_ptr(), offsets.data(),
-                    x.stride(x.dim() - 1), rows, inputs, n, size, packed.data_ptr(), floats(scale),
-                    floats(offset), floats(table), bias ? bias->data_ptr() : nullptr,
-                    out.data_ptr()});
+  quantized_linear({*dtype, code, function, gated, activation == "int8", x.data_ptr(),
+                    offsets.data(), x.stride(x.dim() - 1), rows, inputs, n, size,
+                    packed.data_ptr(), floats(scale), floats(offset), floats(table),
+                    bias ? bias->data_ptr() : nullptr, out.data_ptr()});
   return out;
 }
 

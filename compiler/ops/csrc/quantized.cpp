@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "parallel.h"
+#include "quantized_finish.h"
 #include "quantized_product.h"
 #include "quantized_tiles.h"
 
@@ -273,8 +274,7 @@ class Layer {
     else
       for (int64_t s = 0; s < segments_; s += block_)
         one_block(panel, s, std::min(block_, segments_ - s), first, count, sums);
-    for (int64_t row = 0; row < count; ++row)
-      finish(sums + row * kPanel, panel * kPanel, first + row);
+    finish(args_, sums, row_scale_, panel, first, count);
   }
 
   void on_tiles(int64_t panel, int64_t first, int64_t count, float* sums) const {
@@ -362,33 +362,6 @@ class Layer {
                 int(std::min(steps_, panel_steps_ - s * steps_)), place.prefetch, column == 0,
                 sums + column, args_.table);
       }
-  }
-
-  void finish(const float* sums, int64_t column, int64_t row) const {
-    switch (args_.dtype) {
-      case Dtype::f32:
-        return write<float>(sums, column, row);
-      case Dtype::bf16:
-        return write<Bf16>(sums, column, row);
-      case Dtype::f16:
-        return write<F16>(sums, column, row);
-    }
-  }
-
-  template <class T>
-  void write(const float* sums, int64_t column, int64_t row) const {
-    T* out = static_cast<T*>(args_.out) + row * args_.outputs + column;
-    const T* bias = args_.bias ? static_cast<const T*>(args_.bias) + column : nullptr;
-    const int count = int(std::min(kPanel, args_.outputs - column));
-    for (int i = 0; i < count; i += W) {
-      const int part = std::min(W, count - i);
-      vf value = load(sums + i) * row_scale_[row];
-      if (bias) value = value + (part == W ? load(bias + i) : load_part(bias + i, part));
-      if (part == W)
-        store(out + i, value);
-      else
-        store_part(out + i, value, part);
-    }
   }
 
   const QuantizedLinear& args_;

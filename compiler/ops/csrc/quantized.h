@@ -18,9 +18,17 @@ constexpr int64_t inputs_per_word(Code code) {
   return code == Code::int4 || code == Code::table4 ? 8 : 4;
 }
 
+// What is done to sums before they are rounded to the type of the result.
+enum class Function { none, relu, silu, gelu, gelu_tanh };
+
+// Outputs of a panel that its result has: of a gated weight, half are gates, half are factors.
+constexpr int kPanelPairs = kPanel / 2;
+
 struct QuantizedLinear {
   Dtype dtype;  // of x, bias and out
   Code code;
+  Function function;
+  bool gated;             // function(y[:, :outputs / 2]) * y[:, outputs / 2:] is the result
   bool round_rows;        // each row of x is rounded to int8 first
   const void* x;
   const int64_t* rows;    // where each row of x begins, in elements
@@ -32,13 +40,14 @@ struct QuantizedLinear {
   const float* offset;    // alike, or null
   const float* table;     // [16] where code is table4
   const void* bias;       // [outputs] or null
-  void* out;              // [num_rows, outputs], contiguous
+  void* out;              // [num_rows, outputs], or half as many if gated; contiguous
 };
 
 struct PackCodes {
   Code code;
   const void* codes;  // [outputs, inputs], dense in its last dimension
   int64_t outputs, inputs, row_stride;
+  bool gated;  // panels hold as many of the first half of the outputs as of the second
   void* packed;
 };
 

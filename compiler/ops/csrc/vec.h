@@ -197,6 +197,20 @@ inline vf vtanh(vf x) {
   return x < 0.0f ? -t : t;
 }
 
+// Within 3e-7.
+inline vf vsigmoid(vf x) { return 1.0f / (1.0f + vexp(-vmax(x, broadcast(-88.0f)))); }
+
+// erfc(x) for x >= 0; absolute error below 3e-7. Abramowitz and Stegun 7.1.26.
+inline vf verfc(vf x) {
+  const vf t = 1.0f / (1.0f + 0.3275911f * x);
+  vf y = broadcast(1.061405429f);
+  y = y * t - 1.453152027f;
+  y = y * t + 1.421413741f;
+  y = y * t - 0.284496736f;
+  y = y * t + 0.254829592f;
+  return y * t * vexp(-(x * x));
+}
+
 // W x W in registers, log2(W) butterflies.
 template <int S, int... J>
 inline void butterfly(vf& a, vf& b, std::integer_sequence<int, J...>) {

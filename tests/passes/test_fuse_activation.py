@@ -1,0 +1,130 @@
+"""fuse_activation: it fires, it equals, it stays away."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from fxlm.compiler import pipeline
+from fxlm.compiler.program import Program
+from fxlm.passes.cleanup import cleanup
+from fxlm.passes.fuse_activation import fuse_activation
+from fxlm.passes.fuse_gate_up import fuse_gate_up
+from fxlm.passes.fuse_quantized_linear import fuse_quantized_linear
+from fxlm.passes.quantize import quantize
+from tests.passes.sharding import rank_of
+from tests.programs import IDS, captured, configured, run_dense
+
+aten = torch.ops.aten
+fxlm = torch.ops.fxlm
+MLP_WIDTHS = {"llama": 96, "phi3": 96, "opt": 96, "bloom": 256}
+
+
+def prepared(model_type: str = "llama", scheme: str = "int8wo", **overrides: object) -> Program:
+    rounding = configured(quantize, quantization=scheme)
+    column = [cleanup, rounding, fuse_gate_up, fuse_quantized_linear]
+    return pipeline.run(captured(model_type, **overrides), column)
+
+
+def epilogues(program: Program) -> list[Any]:
+    return [n.args[10] for n in program.find(fxlm.quantized_linear.default) if len(n.args) > 10]
+
+
+@pytest.mark.parametrize(("model_type", "epilogue"), [
+    ("llama", "silu_and_mul"), ("gemma2", "gelu_tanh_and_mul"), ("phi3", "silu_and_mul"),
+    ("gpt_neox", "gelu"), ("starcoder2", "gelu_tanh"), ("opt", "relu"),
+    ("phi", "gelu_tanh"), ("bloom", "gelu_tanh"),  # spelled out, each in its way
+])  # fmt: skip
+def test_fires_and_equals(model_type: str, epilogue: str) -> None:
+    program = prepared(model_type)
+    expected = run_dense(program, IDS)
+    pipeline.run(program, [fuse_activation])
+    assert epilogues(program) == [epilogue] * 2
+    assert not program.find(aten.silu.default, aten.gelu.default, aten.relu.default)
+    torch.testing.assert_close(run_dense(program, IDS), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scheme", ["int4-g32", "fp8-channel"])
+@pytest.mark.parametrize("intermediate_size", [96, 50])  # 50: the last panel is not full
+def test_gates_of_every_scheme(scheme: str, intermediate_size: int) -> None:
+    program = prepared("llama", f"none,gate_proj={scheme},up_proj={scheme}",
+                       intermediate_size=intermediate_size)  # fmt: skip
+    expected = run_dense(program, IDS)
+    pipeline.run(program, [fuse_activation])
+    assert epilogues(program) == ["silu_and_mul"] * 2
+    torch.testing.assert_close(run_dense(program, IDS), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_gate_by_itself() -> None:
+    """Blocks of 128 outputs cannot be merged where a layer has 96."""
+    program = pipeline.run(prepared("llama", "fp8-block"), [fuse_activation])
+    assert epilogues(program) == ["silu"] * 2
+
+
+@pytest.mark.parametrize(("model_type", "epilogue"), [
+    ("llama", "silu_and_mul"), ("phi3", "silu_and_mul"), ("opt", "relu"), ("bloom", "gelu_tanh"),
+])  # fmt: skip
+def test_fires_on_the_part_of_a_rank(model_type: str, epilogue: str) -> None:
+    """What ranks share comes behind the activation: its inputs are cut by columns."""
+    program = rank_of(model_type, ranks=2, rank=1)
+    rounding = configured(quantize, quantization="int8wo")
+    pipeline.run(program, [rounding, fuse_gate_up, fuse_quantized_linear, fuse_activation])
+    assert epilogues(program) == [epilogue] * 2
+    widths = {n.meta["val"].shape[-1] for n in program.find(fxlm.quantized_linear.default)}
+    assert MLP_WIDTHS[model_type] // 2 in widths
+
+
+def test_stays_away_from_another_function() -> None:
+    program = pipeline.run(prepared("llama", hidden_act="quick_gelu"), [fuse_activation])
+    assert not epilogues(program)
+
+
+def test_stays_away_from_a_clamped_gate() -> None:
+    """The activation is fused only if nothing stands between it and the layer."""
+    program = prepared("opt")
+    first = program.find(aten.relu.default)[0]
+    with program.graph.inserting_before(first):
+        clamped = program.call(aten.clamp.default, first.args[0], None, 50.0, like=first)
+    first.args = (clamped,)
+    pipeline.run(program, [fuse_activation])
+    assert epilogues(program) == ["relu"]
+
+
+@pytest.mark.parametrize("model_type", ["opt", "llama"])
+def test_stays_away_from_sums_that_are_seen_elsewhere(model_type: str) -> None:
+    program = prepared(model_type)
+    activation = program.find(aten.relu.default, aten.silu.default)[0]
+    program.tap("sums", activation.args[0])  # type: ignore[arg-type]
+    pipeline.run(program, [fuse_activation])
+    assert len(epilogues(program)) == 1
+
+
+def test_stays_away_from_a_factor_that_is_seen_elsewhere() -> None:
+    program = prepared()
+    product: Any = next(iter(program.find(aten.silu.default)[0].users))
+    program.tap("up", product.args[1])
+    pipeline.run(program, [fuse_activation])
+    assert len(epilogues(program)) == 1
+
+
+def test_stays_away_from_up_before_gate() -> None:
+    program = prepared()
+    silu = program.find(aten.silu.default)[0]
+    product: Any = next(iter(silu.users))
+    gate, up = silu.args[0], product.args[1]
+    silu.args, product.args = (up,), (silu, gate)
+    pipeline.run(program, [fuse_activation])
+    assert len(epilogues(program)) == 1
+
+
+def test_stays_away_from_a_gated_weight_that_serves_elsewhere() -> None:
+    """Its rows are brought into another order."""
+    program = prepared()
+    layer: Any = next(n for n in program.find(fxlm.quantized_linear.default) if n.args[6] == 192)
+    with program.graph.inserting_before(layer):
+        other = program.call(fxlm.quantized_linear.default, *layer.args, like=layer)
+    program.tap("again", other)
+    pipeline.run(program, [fuse_activation])
+    assert len(epilogues(program)) == 1
