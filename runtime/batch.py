@@ -32,8 +32,10 @@ N has no bound known beforehand: its buffers double when they are too small, and
 ``draft_ids`` and ``draw_start`` are there if the worker's graph verifies drafts.
 """
 
+import operator
 from dataclasses import dataclass
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -49,10 +51,10 @@ NUM_FLOATS, NUM_INTS = 6, 5
 SEED, COUNTER, NUM_LOGPROBS, TARGET = 1, 2, 3, 4  # columns of sample_ints
 SCORE_FLOATS = (0.0, 1.0, 0.0, 1.0, 0.0, 0.0)  # a row that scores a token draws nothing
 NO_LOGPROBS = NO_TARGET = NO_DRAFT = -1
+MOST_VIEWS = 64  # sizes of steps whose views are kept
 
 
-@dataclass(slots=True)
-class Sizes:
+class Sizes(NamedTuple):
     """Sizes of the step in the batch."""
 
     tokens: int = 0
@@ -80,6 +82,7 @@ class Batch:
         self.wants_logprobs = False
         self.points: dict[str, torch.Tensor] = {}
         self._pin = pin_memory
+        self._views: dict[Sizes, dict[str, torch.Tensor]] = {}  # inputs of steps by their sizes
         self._tensors: dict[str, torch.Tensor] = {}
         tokens, seqs, rows = spec.max_num_batched_tokens, spec.max_num_seqs, spec.max_rows
         width = spec.max_blocks_per_seq
@@ -105,6 +108,9 @@ class Batch:
         self._table = np.zeros((seqs, width), np.int32)
         self._floats = np.zeros((seqs, NUM_FLOATS), np.float32)
         self._ints = np.zeros((seqs, NUM_INTS), np.int64)
+        self._layout: _Layout | None = None  # of the decodes of the last step
+        self._num_tabled = 0  # columns of the block table that are as in the last step; 0: none
+        self._adjusted = False  # whether a row has entries
         self._iota = np.arange(max(tokens, rows) + 1, dtype=np.int64)
         self._step = _Cursor()
 
@@ -116,6 +122,7 @@ class Batch:
         return array
 
     def _make_adjusts(self, size: int) -> None:
+        self._views = {}
         self._adjust_ids = self._new("adjust_ids", size, np.int64)
         self._adjust_counts = self._new("adjust_counts", size, np.int32)
         self._adjust_bias = self._new("adjust_bias", size, np.float32)
@@ -124,9 +131,18 @@ class Batch:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The inputs of the step by name, as in the table above: views, valid until `fill`."""
-        sizes, full = self.sizes, self._tensors
+        sizes = self.sizes
+        views = self._views.get(sizes)
+        if views is None:
+            if len(self._views) == MOST_VIEWS:
+                self._views.clear()
+            views = self._views[sizes] = self._view(sizes)
+        return self.points | views if self.points else views
+
+    def _view(self, sizes: Sizes) -> dict[str, torch.Tensor]:
+        full = self._tensors
         tokens, seqs, rows, entries = sizes.tokens, sizes.sequences, sizes.rows, sizes.adjusts
-        inputs = self.points | {
+        inputs = {
             "input_ids": full["input_ids"][:tokens].view(1, tokens),
             "position_ids": full["position_ids"][:tokens].view(1, tokens),
             "slot_mapping": full["slot_mapping"][:tokens],
@@ -148,8 +164,25 @@ class Batch:
 
     # --- filling
 
-    def fill(self, plan: Plan) -> Sizes:
-        """Write the inputs of a step; gives its sizes."""
+    def advance(self, token_ids: list[int]) -> None:
+        """Turn a step of decodes into the next one, by the tokens that it drew.
+
+        `fill` was told so (``ahead``), and no sequence has penalties or the like.
+        """
+        assert self._layout is not None, "a step of chunks has no next one"
+        count = len(token_ids)
+        self._input_ids[:count] = token_ids
+        self._position_ids[:count] += 1
+        self._seq_lens[:count] += 1
+        self._place(self._layout)
+
+    def fill(self, plan: Plan, ahead: int = 0) -> Sizes:
+        """Write the inputs of a step; gives its sizes.
+
+        Args:
+            plan: of the step.
+            ahead: steps that `advance` will make of it; its sequences have blocks for them.
+        """
         self._step = _Cursor()
         self.wants_logprobs = False
         longest = 0
@@ -161,8 +194,11 @@ class Batch:
             self.wants_logprobs |= sequence.wants_logprobs
         if plan.decodes:
             longest = self._fill_decodes(plan.decodes)
+        else:
+            self._layout = None  # chunks write where decodes would
         for chunk in plan.chunks:
             longest = max(longest, self._fill_chunk(chunk))
+        longest += ahead
         self._fill_table(plan, longest)
         if not self._step.rows:
             self._fill_idle_row()
@@ -181,8 +217,10 @@ class Batch:
         """Bring the slot of a sequence up to date: its options, and the new end of its table."""
         slot = sequence.slot
         row = self._table[slot]
+        self._num_tabled = 0
         if self._owners[slot] is not sequence:
             self._owners[slot] = sequence
+            self._layout = None
             sequence.num_tabled = 0
             self._floats[slot], self._ints[slot] = _options(sequence)
         if sequence.num_tabled == 0:
@@ -191,58 +229,58 @@ class Batch:
         sequence.num_tabled = len(sequence.blocks)
 
     def _fill_decodes(self, decodes: list[Sequence]) -> int:
-        """One token and one row a sequence; these come first. Gives the longest length."""
-        if self.spec.max_drafts and any(sequence.drafts for sequence in decodes):
-            return self._fill_drafted(decodes)
-        count = len(decodes)
-        slots = np.array([sequence.slot for sequence in decodes], np.int64)
-        positions = self._position_ids[:count]
-        positions[:] = [sequence.num_computed for sequence in decodes]
-        self._input_ids[:count] = [sequence.token_ids[-1] for sequence in decodes]
-        self._query_start[: count + 1] = self._iota[: count + 1]
-        lengths = self._seq_lens[:count]
-        lengths[:] = positions + 1
-        if self.spec.max_drafts:
-            self._draw_start[:count] = self._iota[:count]
-        self._fill_draws(slots, positions)
-        self._step = _Cursor(count, count, count, count)
-        return int(lengths.max())
+        """The token of each and its drafts, a row for each of them; these come first.
 
-    def _fill_drafted(self, decodes: list[Sequence]) -> int:
-        """The same with drafts behind the token of each, a row for each of them, too."""
-        seqs = len(decodes)
-        counts = np.array([1 + len(sequence.drafts) for sequence in decodes], np.int64)
+        Gives the longest length.
+        """
+        slots = [sequence.slot for sequence in decodes]
+        counts = [1 + len(sequence.drafts) for sequence in decodes]
+        layout = self._layout
+        if layout is None or layout.slots != slots or layout.counts != counts:
+            layout = self._layout = self._lay_out(slots, counts)
+        count, seqs = layout.num_tokens, len(decodes)
+        computed = [sequence.num_computed for sequence in decodes]
+        lengths: list[int] = [*map(operator.add, computed, counts)]
+        tokens = [sequence.token_ids[-1] for sequence in decodes]
+        positions = self._position_ids[:count]
+        if count == seqs:
+            positions[:] = computed
+        else:
+            np.add(np.repeat(computed, counts), layout.offsets, out=positions)
+            groups = zip(tokens, decodes, strict=True)
+            tokens = [token for last, s in groups for token in (last, *s.drafts)]
+            self._draft_ids[: count - 1] = tokens[1:]  # what the row is to draw
+            self._draft_ids[layout.ends] = NO_DRAFT
+        self._input_ids[:count] = tokens
+        self._seq_lens[:seqs] = lengths
+        self._place(layout)
+        self._step = _Cursor(count, seqs, count, seqs)
+        return max(lengths)
+
+    def _place(self, layout: "_Layout") -> None:
+        """What follows from positions: where tokens are written, and counters of draws."""
+        count = layout.num_tokens
+        positions = self._position_ids[:count]
+        block, offset = np.divmod(positions, self.spec.block_size)
+        first = self._table[layout.rows, block].astype(np.int64) * self.spec.block_size
+        np.add(first, offset, out=self._slot_mapping[:count])
+        np.add(positions, 1, out=self._sample_ints[:count, COUNTER])
+
+    def _lay_out(self, slots: list[int], counts: list[int]) -> "_Layout":
+        """Write what stays the same while the same slots decode with as many drafts."""
+        self._num_tabled = 0
+        seqs, count = len(slots), sum(counts)
         starts = np.zeros(seqs + 1, np.int64)
         np.cumsum(counts, out=starts[1:])
-        count = int(starts[-1])
-        slots = np.repeat([sequence.slot for sequence in decodes], counts)
-        positions = self._position_ids[:count]
-        computed = np.array([sequence.num_computed for sequence in decodes], np.int64)
-        positions[:] = self._iota[:count] + np.repeat(computed - starts[:-1], counts)
-        tokens = [[sequence.token_ids[-1], *sequence.drafts] for sequence in decodes]
-        self._input_ids[:count] = [token for group in tokens for token in group]
+        rows = np.repeat(slots, counts)
         self._query_start[: seqs + 1] = starts
-        lengths = self._seq_lens[:seqs]
-        lengths[:] = computed + counts
-        self._draw_start[:seqs] = starts[:-1]
-        self._fill_draws(slots, positions)
-        self._draft_ids[: count - 1] = self._input_ids[1:count]  # what the row is to draw
-        self._draft_ids[starts[1:] - 1] = NO_DRAFT
-        self._step = _Cursor(count, seqs, count, seqs)
-        return int(lengths.max())
-
-    def _fill_draws(self, slots: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]) -> None:
-        """Where the first tokens are written, and rows that draw from each of them."""
-        count, block_size = len(slots), self.spec.block_size
-        block = self._table[slots, positions // block_size].astype(np.int64)
-        self._slot_mapping[:count] = block * block_size + positions % block_size
         self._logits_indices[:count] = self._iota[:count]
-        if self.spec.max_drafts:
-            self._draft_ids[:count] = NO_DRAFT
-        self._sample_floats[:count] = self._floats[slots]
-        ints = self._sample_ints[:count]
-        ints[:] = self._ints[slots]
-        ints[:, COUNTER] = positions + 1
+        self._draft_ids[:count] = NO_DRAFT
+        self._draw_start[:seqs] = starts[:-1]
+        self._sample_floats[:count] = self._floats[rows]
+        self._sample_ints[:count] = self._ints[rows]
+        offsets = self._iota[:count] - np.repeat(starts[:-1], counts)
+        return _Layout(slots, counts, count, rows, offsets, starts[1:] - 1)
 
     def _fill_chunk(self, chunk: Chunk) -> int:
         """Tokens and rows of one chunk; gives the length of its sequence after the step."""
@@ -307,6 +345,9 @@ class Batch:
 
     def _fill_table(self, plan: Plan, longest: int) -> None:
         width = self._width(longest)
+        if width == self._num_tabled and not plan.chunks:
+            return
+        self._num_tabled = 0 if plan.chunks else width
         slots = [sequence.slot for sequence in plan.decodes]
         slots += [chunk.sequence.slot for chunk in plan.chunks]
         table = self._block_table[: len(slots) * width].reshape(len(slots), width)
@@ -314,6 +355,14 @@ class Batch:
 
     def _fill_adjusts(self, plan: Plan) -> int:
         """The sparse lists of every row, in order of rows; gives N."""
+        drawing = chain(plan.decodes, (draw for chunk in plan.chunks for draw in chunk.draws))
+        if not any(sequence.has_adjust for sequence in drawing):
+            if self._adjusted:
+                self._adjust_start[:] = 0
+                self._adjust_ids[0] = self._adjust_counts[0] = self._adjust_bias[0] = 0
+                self._adjusted = False
+            return 1
+        self._adjusted = True
         rows = self._step.rows
         starts = self._adjust_start[: rows + 1]
         starts[:] = 0
@@ -373,6 +422,27 @@ class Batch:
         new = self._adjust_ids, self._adjust_counts, self._adjust_bias
         for before, after in zip(old, new, strict=True):
             after[: len(before)] = before
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """Where the tokens of decodes are: the slot and the drafts of each say it all.
+
+    Attributes:
+        slots: of each sequence.
+        counts: tokens of each.
+        num_tokens: of all.
+        rows: [T] slot of each token.
+        offsets: [T] its place in its sequence's group.
+        ends: last token of each group.
+    """
+
+    slots: list[int]
+    counts: list[int]
+    num_tokens: int
+    rows: npt.NDArray[np.int64]
+    offsets: npt.NDArray[np.int64]
+    ends: npt.NDArray[np.int64]
 
 
 @dataclass(slots=True)

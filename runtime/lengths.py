@@ -61,7 +61,7 @@ class Lengths:
     # --- what is seen
 
     def note_draft(self, depth: int, seconds: float) -> None:
-        """A drafter took ``seconds`` for drafts of up to ``depth`` tokens."""
+        """A drafter that was up to date took ``seconds`` for drafts of up to ``depth`` tokens."""
         self._rounds.append(seconds / max(depth, 1))
 
     def note_step(self, num_tokens: int, seconds: float) -> None:
@@ -175,6 +175,8 @@ def _is_due(record: _Record, paid: bool) -> bool:
     record.idle += 1
     if record.idle < record.patience:
         return False
+    if record.idle == record.patience:  # a try is two steps: in the first a draft model catches up
+        return True
     record.idle = 0
     record.patience = min(2 * record.patience, MOST_PATIENCE)
     return True

@@ -39,6 +39,7 @@ class Speculator:
         self.lengths = lengths
         self._clock = clock
         self._started = 0.0
+        self._followed: set[Sequence] = set()  # who was drafted for in the last step
 
     def draft(self, scheduler: Scheduler) -> None:
         """Give every running sequence that is about to draw its drafts; others get none."""
@@ -57,6 +58,7 @@ class Speculator:
         asked = [(s, limit) for s, limit in zip(ready, limits, strict=True) if limit > 0]
         if asked:
             self._propose(asked, scheduler.spec.vocab_size)
+        self._followed = {s for s, _ in asked}
 
     def _propose(self, asked: list[tuple[Sequence, int]], vocab_size: int) -> None:
         assert self.drafter is not None
@@ -68,7 +70,7 @@ class Speculator:
             self._switch_off(error)
             return
         depth = max(map(len, drafts))
-        if depth:
+        if depth and all(s in self._followed for s, _ in asked):  # nobody to catch up with
             self.lengths.note_draft(depth, self._clock() - started)
         for (sequence, _), tokens in zip(asked, drafts, strict=True):
             sequence.drafts = tokens

@@ -82,11 +82,12 @@ class ModelDrafter(Drafter):
             shadow.limit = min(limit, room)
             shadow.guess = guesses[-1]
             asked[shadow.sequence] = shadow
-        for _ in range(max(limits)):
+        left = max(limits)
+        while left > 0:
             plan = self.scheduler.schedule()
             if not plan.num_tokens:
                 break
-            self._run(plan, asked)
+            left -= self._run(plan, asked, left)
         for shadow in asked.values():
             self._settle(shadow)
         return guesses
@@ -157,22 +158,53 @@ class ModelDrafter(Drafter):
 
     # --- guessing
 
-    def _run(self, plan: Plan, asked: dict[Sequence, _Shadow]) -> None:
-        """One step of the draft; shadows that drew and want more get the token to run next."""
-        self.batch.fill(plan)
+    def _run(self, plan: Plan, asked: dict[Sequence, _Shadow], left: int) -> int:
+        """Steps of the draft; shadows that drew and want more get the token to run next.
+
+        One step, or as many of ``left`` as follow from one another; gives their number.
+        """
+        rounds = self._num_rounds(plan, asked, left)
+        self.batch.fill(plan, ahead=rounds - 1)
         if plan.copies:
             self.worker.copy_blocks(plan.copies)
-        token_ids = self.worker.launch(self.batch).result().token_ids
         drawn = list(plan.decodes)
-        for sequence, count in plan.items:
-            sequence.num_computed += count
         for chunk in plan.chunks:
             drawn += chunk.draws
-        for sequence, token in zip(drawn, token_ids, strict=False):  # an idle row draws for nobody
-            shadow = asked.get(sequence)  # None: only its prompt was still to be run
-            if shadow is None:
-                continue
-            assert shadow.guess is not None, sequence.order
-            shadow.guess.append(int(token))
-            if len(shadow.guess) < shadow.limit:
-                sequence.token_ids.append(int(token))
+        items = plan.items
+        for count in range(rounds):
+            token_ids = self.worker.launch(self.batch).result().token_ids
+            for sequence, tokens in items:
+                sequence.num_computed += tokens
+            for sequence, token in zip(drawn, token_ids, strict=False):  # an idle row is nobody's
+                if sequence in asked:  # otherwise only its prompt was still to be run
+                    _guess(asked[sequence], token)
+            if count + 1 < rounds:
+                self.batch.advance(token_ids)
+        return rounds
+
+    def _num_rounds(self, plan: Plan, asked: dict[Sequence, _Shadow], left: int) -> int:
+        """Steps that differ in positions and tokens alone: all decode, as far as the first to end.
+
+        Blocks are taken for all of them; too few are no reason to preempt anyone.
+        """
+        decodes, size = plan.decodes, self.spec.block_size
+        if plan.chunks or self.scheduler.num_waiting:
+            return 1
+        shadows = [asked.get(sequence) for sequence in decodes]
+        if not all(shadow and not shadow.sequence.has_adjust for shadow in shadows):
+            return 1
+        rounds = min(left, *(s.limit - len(s.guess or ()) for s in shadows if s))
+        needed = [-(-(s.num_computed + rounds) // size) - len(s.blocks) for s in decodes]
+        if sum(max(count, 0) for count in needed) > self.scheduler.pool.num_available:
+            return 1
+        for sequence, count in zip(decodes, needed, strict=True):
+            if count > 0:
+                sequence.blocks += self.scheduler.pool.allocate(count)
+        return rounds
+
+
+def _guess(shadow: _Shadow, token: int) -> None:
+    assert shadow.guess is not None, shadow.sequence.order
+    shadow.guess.append(token)
+    if len(shadow.guess) < shadow.limit:
+        shadow.sequence.token_ids.append(token)
