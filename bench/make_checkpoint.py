@@ -4,7 +4,8 @@
     python bench/make_checkpoint.py qwen3-0.6b DIR
 
 Speeds do not depend on the values of weights, so these stand for the real models in every
-timing. The tokenizer is that of the bundled model.
+timing. The tokenizer is that of the bundled model, with
+made-up words up to the size of the vocabulary.
 """
 
 from __future__ import annotations
@@ -50,11 +51,20 @@ def make(shape: str, path: Path, **overrides: Any) -> None:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(path)
     bundled = Path(__file__).resolve().parent.parent / "models" / "bundled" / "main"
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        if (bundled / name).exists():
-            shutil.copyfile(bundled / name, path / name)
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(bundled / name, path / name)
+    _write_tokenizer(bundled / "tokenizer.json", path / "tokenizer.json", config.vocab_size)
     defaults = {"eos_token_id": config.vocab_size - 1, "do_sample": False}
     (path / "generation_config.json").write_text(json.dumps(defaults) + "\n")
+
+
+def _write_tokenizer(source: Path, target: Path, size: int) -> None:
+    """A word for every id: tokens without text would not be streamed one by one."""
+    content = json.loads(source.read_text(encoding="utf-8"))
+    vocabulary = content["model"]["vocab"]
+    taken = {*vocabulary.values(), *(token["id"] for token in content["added_tokens"])}
+    vocabulary |= {f"\u0120w{number}": number for number in range(size) if number not in taken}
+    target.write_text(json.dumps(content), encoding="utf-8")
 
 
 def main() -> None:
