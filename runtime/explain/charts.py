@@ -32,7 +32,7 @@ def error_chart(passes: Sequence[Entry]) -> str:
         return ""
     values = [v for _, o, b in rows for v in (*o.values(), *([] if b is None else [b]))]
     low, high = _decades(values)
-    left, right, top, step = 176.0, 536.0, 14.0, 30.0
+    left, right, top, step = 200.0, 560.0, 14.0, 30.0
     bottom = top + step * len(rows)
 
     def x(value: float) -> float:
@@ -62,7 +62,7 @@ def error_chart(passes: Sequence[Entry]) -> str:
             f"<title>{escape(name)}, {mode}: {value:.3g} nats from the oracle</title></circle>"
             for mode, value in oracle.items()
         ]
-    return _svg(560, bottom + 24, "Largest error of each stage", parts)
+    return _svg(584, bottom + 24, "Largest error of each stage", parts)
 
 
 def _decades(values: Sequence[float]) -> tuple[int, int]:
@@ -88,7 +88,7 @@ def time_chart(passes: Sequence[Entry], shape: str) -> str:
     if not rows:
         return ""
     most = max(max(w, o) for _, w, o in rows)
-    left, right, top, step = 176.0, 370.0, 8.0, 46.0
+    left, right, top, step = 200.0, 394.0, 8.0, 46.0
     scale = (right - left) / most
     parts = []
     for index, (name, with_ms, without_ms) in enumerate(rows):
@@ -100,7 +100,7 @@ def time_chart(passes: Sequence[Entry], shape: str) -> str:
             _bar("with", left, y + 4, with_ms * scale, f"{with_ms:.3g} ms"),
             _bar("without", left, y + 20, without_ms * scale, slower),
         ]
-    return _svg(560, top + step * len(rows), f"Times of {shape}", parts)
+    return _svg(584, top + step * len(rows), f"Times of {shape}", parts)
 
 
 def _bar(kind: str, x: float, y: float, width: float, text: str) -> str:
