@@ -1,6 +1,7 @@
 """Artifact: a compiled model without its weights, as a relocatable directory.
 
-    manifest.json          key and its factors, passes, calls, weights, caches, file digests
+    manifest.json          key and its factors, passes, calls, weights, caches, file digests, and
+                           the digest of all this
     load.json              graph from checkpoint tensors to prepared weights
     constants.safetensors  small tensors computed from the config (rotary frequencies...)
     regions/NAME.json      each region as a graph; NAME.pt2 as a compiled package
@@ -30,7 +31,7 @@ import torch
 from fxlm.compiler.errors import ArtifactError
 from fxlm.compiler.program import CacheSpec
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 
 
@@ -112,17 +113,22 @@ def open_artifact(path: Path) -> Artifact:
     """Open a directory and check it.
 
     Raises:
-        ArtifactError: no artifact, another format, or a file that is missing or damaged.
+        ArtifactError: no artifact, another format, or a file that is missing, damaged or
+            unreadable.
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
     except FileNotFoundError:
         raise ArtifactError(f"{path} is no artifact: it has no {MANIFEST}") from None
+    except OSError as error:
+        raise ArtifactError(f"{path / MANIFEST} cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise ArtifactError(f"{path / MANIFEST} is damaged: {error}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else None
         raise ArtifactError(f"{path} has format {found!r}; this build reads {FORMAT}")
+    if manifest.pop("digest", None) != _content_digest(manifest):
+        raise ArtifactError(f"{path / MANIFEST} is damaged: its digest is not that of its content")
     for name, entry in manifest["files"].items():
         _check_file(path / name, entry)
     return Artifact(path=path, manifest=manifest)
@@ -143,8 +149,15 @@ def _check_file(path: Path, entry: dict[str, Any]) -> None:
         digest = file_digest(path) if size == entry["bytes"] else ""
     except FileNotFoundError:
         raise ArtifactError(f"the artifact lacks {path.name}") from None
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error.strerror}") from None
     if digest != entry["sha256"]:
         raise ArtifactError(f"{path} is damaged: its digest is not the one in {MANIFEST}")
+
+
+def _content_digest(content: Any) -> str:
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def file_digest(path: Path) -> str:
@@ -194,11 +207,12 @@ def writing(path: Path) -> Iterator[Path]:
 
 
 def write_manifest(work: Path, content: dict[str, Any]) -> None:
-    """Add the digest of each file to ``content`` and write it as the manifest."""
+    """Add the digests of each file and of the whole to ``content``; write it as the manifest."""
     files = {
         str(file.relative_to(work)): {"bytes": file.stat().st_size, "sha256": file_digest(file)}
         for file in sorted(work.rglob("*"))
         if file.is_file()
     }
-    text = json.dumps({"format": FORMAT, **content, "files": files}, indent=1)
+    whole = json.loads(json.dumps({"format": FORMAT, **content, "files": files}))
+    text = json.dumps({**whole, "digest": _content_digest(whole)}, indent=1)
     (work / MANIFEST).write_text(text + "\n")

@@ -8,14 +8,12 @@ that. A pass that says how often it must fire and does not is an error, never a 
 from __future__ import annotations
 
 import difflib
-import hashlib
-import inspect
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
 
-from fxlm.compiler import contract
+from fxlm.compiler import contract, identity
 from fxlm.compiler.errors import ContractError, FxlmError, InvalidOption, PassError
 from fxlm.compiler.program import Program, Stage
 from fxlm.compiler.report import PassReport, op_counts, op_diff
@@ -36,6 +34,7 @@ class GraphPass:
         stage: stage of the program once it has run; ``None`` leaves it.
         last: a pass of a user that names no place goes before it.
         options: keyword arguments for ``run``.
+        origin: installed package that it comes with: name, version and digest.
     """
 
     name: str
@@ -47,20 +46,30 @@ class GraphPass:
     stage: Stage | None = None
     last: bool = False
     options: dict[str, Any] = field(default_factory=dict)
+    origin: str = ""
 
     def source_digest(self) -> str:
-        """SHA-256 over the module that holds the pass (its helpers count too)."""
-        module = inspect.getmodule(self.run)
-        try:
-            text = inspect.getsource(module) if module else inspect.getsource(self.run)
-        except (OSError, TypeError):  # typed in at a prompt: no source, so the bytecode counts
-            text = repr(self.run.__code__.co_code) + repr(self.run.__code__.co_consts)
-        return hashlib.sha256(text.encode()).hexdigest()
+        """SHA-256 over the modules that the pass is written in (its helpers count too)."""
+        return identity.source_digest(self.run)
 
     def identity(self) -> dict[str, Any]:
-        """What a cache key needs of the pass."""
-        options = {key: repr(value) for key, value in sorted(self.options.items())}
-        return {"name": self.name, "source": self.source_digest(), "options": options}
+        """What a cache key needs of the pass.
+
+        Raises:
+            PassError: it stands on a value that a key cannot hold.
+        """
+        try:
+            options = {k: identity.text_of(v, k) for k, v in sorted(self.options.items())}
+            values = {} if self.is_ours else identity.values_of(self.run)
+        except PassError as error:
+            raise PassError(f"pass {self.name}: {error}") from None
+        found = {"name": self.name, "source": self.source_digest(), "options": options}
+        return found | {k: v for k, v in (("values", values), ("origin", self.origin)) if v}
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it comes with this package."""
+        return self.run.__module__.startswith("fxlm.passes.")
 
 
 @overload
@@ -123,19 +132,20 @@ def order(column: Iterable[GraphPass], extra: Iterable[GraphPass] = ()) -> list[
 
     The column keeps its order; an extra pass goes behind the last pass it must follow, or, if
     it names none, before the first it must precede, or to the end (before passes that are
-    ``last``).
+    ``last``). Extra passes may name each other, in whatever order they are given.
 
     Raises:
         InvalidOption: an unknown name, a name used twice, or an order that cannot be met.
     """
-    passes = list(column)
-    for new in extra:
-        known = [p.name for p in passes]
-        if new.name in known:
+    passes, added = list(column), list(extra)
+    known = [p.name for p in (*passes, *added)]
+    for new in added:
+        if known.count(new.name) > 1:
             raise InvalidOption("pass", new.name, "a pass of this name is already in the column")
         for other in (*new.after, *new.before, *new.requires):
             if other not in known:
                 raise InvalidOption("pass", f"{new.name} -> {other}", _suggest(other, known))
+    for new in _by_names(added):
         passes.insert(_position(new, passes), new)
     _check_order(passes)
     return passes
@@ -208,11 +218,10 @@ def _run_one(program: Program, item: GraphPass) -> PassReport:
 def _settle(program: Program, item: GraphPass) -> None:
     """Lint, drop dead nodes, check the law; of a pass that is not ours, the shapes too."""
     program.eliminate_dead_code()
-    ours = item.run.__module__.startswith("fxlm.passes.")
     try:
         program.graph.lint()
         contract.check(program)
-        if not ours:
+        if not item.is_ours:
             program.propagate()
     except (ContractError, RuntimeError, ValueError, TypeError) as error:
         reason = str(error).splitlines()[0]  # lint appends the whole graph
@@ -227,12 +236,23 @@ def _where(error: BaseException) -> str:
     return f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace else "nowhere"
 
 
+def _by_names(added: Sequence[GraphPass]) -> list[GraphPass]:
+    """Passes in the order given, but each after those of them that it names, where that can be."""
+    left, placed = list(added), list[GraphPass]()
+    while left:
+        names = {p.name for p in left}
+        free = (p for p in left if not names & {*p.after, *p.before, *p.requires})
+        placed.append(next(free, left[0]))
+        left.remove(placed[-1])
+    return placed
+
+
 def _position(new: GraphPass, passes: Sequence[GraphPass]) -> int:
     known = [p.name for p in passes]
-    behind = [known.index(n) + 1 for n in (*new.after, *new.requires)]
+    behind = [known.index(n) + 1 for n in (*new.after, *new.requires) if n in known]
     if behind:
         return max(behind)
-    ahead = [known.index(n) for n in new.before]
+    ahead = [known.index(n) for n in new.before if n in known]
     return min(ahead) if ahead else len(known) - sum(p.last for p in passes)
 
 

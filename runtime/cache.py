@@ -60,7 +60,7 @@ class Miss:
     """Why an artifact is not taken from the cache.
 
     Attributes:
-        kind: ``absent``, ``damaged`` or ``changed``.
+        kind: ``absent``, ``damaged`` (or unreadable) or ``changed``.
         text: a sentence.
     """
 
@@ -91,7 +91,11 @@ def eager(target: Target) -> Target:
 
 def look_up(target: Target) -> Artifact | Miss:
     """The artifact, if it is there, whole, and the one; else why not."""
-    if not (target.path / artifacts.MANIFEST).exists():
+    try:
+        there = (target.path / artifacts.MANIFEST).exists()
+    except OSError as error:
+        return Miss(kind="damaged", text=f"{target.path} cannot be read: {error.strerror}")
+    if not there:
         near = nearest(target.path.parent, target.factors)
         if near is None:
             return Miss(kind="absent", text="there is no artifact of this checkpoint yet")

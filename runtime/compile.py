@@ -121,7 +121,10 @@ def compile_model(
         if isinstance(found, Artifact):
             return Compilation(artifact=found, checkpoint=checkpoint)
         _log.info("compiling: %s", found.text)
-        _require_writable(target.path.parent, "--cache-dir" if output is None else "--output")
+        option = "--cache-dir" if output is None else "--output"
+        _require_writable(target.path.parent, option)
+        if target.path.is_dir():  # it is moved away
+            _require_writable(target.path, option)
         with _no_collection():
             run = _Compiler(checkpoint, target, root / "regions", report, on_graph, prefix)
             return replace(run.run(), miss=found)

@@ -6,6 +6,7 @@ are resolved once, by `fxlm.runtime.memory`, each with its reason.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.machinery
 import importlib.util
 from collections.abc import Mapping
@@ -20,6 +21,8 @@ from fxlm.compiler.errors import InvalidOption
 from fxlm.runtime.speculative_config import SpeculativeConfig, speculative_config
 
 if TYPE_CHECKING:
+    from importlib.metadata import Distribution
+
     from fxlm.compiler.options import CompileOptions
     from fxlm.compiler.pipeline import GraphPass
 
@@ -237,7 +240,15 @@ def _installed_pass(name: str) -> GraphPass:
         raise InvalidOption("--pass", name, reason) from error
     if not isinstance(found, GraphPass):
         raise InvalidOption("--pass", name, f"{offered[name].value} is no @graph_pass function")
-    return found
+    return replace(found, origin=_origin(offered[name].dist))
+
+
+def _origin(package: Distribution | None) -> str:
+    """Name and version of an installed package, and the digest of what it lists as its files."""
+    if package is None:
+        return ""
+    record = hashlib.sha256((package.read_text("RECORD") or "").encode()).hexdigest()
+    return f"{package.name} {package.version} {record[:16]}"
 
 
 def import_file(file: Path, option: str) -> ModuleType:

@@ -29,7 +29,7 @@ from fxlm.runtime.scheduler import Plan
 from fxlm.runtime.sequence import Sequence
 from fxlm.runtime.step import StepResult, WorkerSpec
 
-MAX_TAP_BYTES = 64 << 20  # of all taps of a request
+MAX_TAP_BYTES = 64 << 20  # of all taps of a request, over HTTP of all its prompts
 MAX_STEER = 1e6  # absolute value of a component
 
 
@@ -54,11 +54,12 @@ class Points:
         """The request as the engine takes it: checked, its prefixes kept apart if it steers.
 
         Raises:
-            InvalidRequest: an unknown point, a vector of another size, or more than may be tapped.
+            InvalidRequest: a point that is unknown or named twice, a vector of another size, or
+                more than may be tapped.
         """
         params = request.params
         if params.taps:
-            self._verify_taps(params, len(request.prompt_token_ids))
+            self._verify_taps(params, len(request.prompt_token_ids), request.num_together)
         if not params.steer:
             return request
         self._verify_steer(params)
@@ -66,19 +67,25 @@ class Points:
         salt = f"{len(request.cache_salt)}:{request.cache_salt}steer:{digest}"
         return msgspec.structs.replace(request, cache_salt=salt)
 
-    def _verify_taps(self, params: SamplingParams, num_prompt: int) -> None:
-        for name in params.taps or ():
+    def _verify_taps(self, params: SamplingParams, num_prompt: int, num_together: int) -> None:
+        taps = params.taps or []
+        for place, name in enumerate(taps):
             _known("taps", name, self.spec.taps, "--tap")
+            if name in taps[:place]:
+                raise InvalidRequest(f"taps name {name!r} twice: name each point once", "taps")
         if params.n > 1:
             raise InvalidRequest("taps need n=1: completions share their prompt", "taps")
         most = self.spec.max_model_len
         if params.max_tokens is not None:
             most = min(most, params.max_tokens + (num_prompt if params.tap_prompt else 0))
-        row = sum(4 * math.prod(self.spec.taps[name]) for name in params.taps or ())
-        if most * row > MAX_TAP_BYTES:
+        row = sum(4 * math.prod(self.spec.taps[name]) for name in taps)
+        total = num_together * most * row
+        if total > MAX_TAP_BYTES:
+            prompts = f" of each of {num_together} prompts" if num_together > 1 else ""
+            fewer = ", or give fewer prompts" if num_together > 1 else ""
             raise InvalidRequest(
-                f"taps of up to {most} tokens take {most * row} bytes, and {MAX_TAP_BYTES} are "
-                "allowed: lower max_tokens, or tap fewer points",
+                f"taps of up to {most} tokens{prompts} take {total} bytes, and {MAX_TAP_BYTES} are "
+                f"allowed: lower max_tokens, or tap fewer points{fewer}",
                 "taps",
             )
 

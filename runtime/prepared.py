@@ -4,7 +4,11 @@ The load graph's results are written to one safetensors file beside the artifact
 digest of what decides them: the checkpoint's files, the load graph, the ops that it calls. The
 next start maps the file: nothing is packed, nothing is copied, and processes share its pages. A
 mapped file is decoded from as fast as memory of large pages, and is there in a fraction of the
-time that reading takes (docs/performance.md has the figures). Not here: the load graph
+time that reading takes (docs/performance.md has the figures).
+
+A note beside the file holds its size, its time of modification and a checksum of each tensor. A
+file that has been touched or moved since is read whole and held against the checksums, once; one
+that does not agree is prepared anew. Not here: the load graph
 (`fxlm.compiler.step`), which weights there are (the artifact).
 """
 
@@ -16,6 +20,8 @@ import logging
 import os
 import shutil
 import tempfile
+import time
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -98,17 +104,60 @@ def _ops_digest() -> str:
 
 def open_prepared(path: Path, specs: Mapping[str, TensorSpec]) -> dict[str, torch.Tensor] | None:
     """The weights, mapped; None if there is no such file, or it is not whole."""
-    if not path.is_file():
-        return None
     try:
+        if not path.exists():
+            return None
         file = SafetensorsFile(path)
         found = {name: _read(file, name, spec) for name, spec in specs.items()}
-    except (InvalidModel, KeyError, ValueError) as error:
+        _verify(file)
+    except (InvalidModel, KeyError, ValueError, OSError) as error:
         _log.warning("prepared weights %s are damaged (%s): prepared anew", path, error)
         return None
     with contextlib.suppress(OSError):  # a share that is read-only
-        os.utime(path)  # the longest unused goes first
+        # The longest unused goes first; the time of modification stays that of the note.
+        os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
     return found
+
+
+def _verify(file: SafetensorsFile) -> None:
+    """Hold a file against its note.
+
+    Raises:
+        ValueError, OSError: there is no note, or the file is not what was written.
+    """
+    note = json.loads(_note_file(file.path).read_text())
+    if not isinstance(note, dict) or not {"stamp", "crc32"} <= set(note):
+        raise ValueError("its note is damaged")
+    if note["stamp"] == _stamp(file.path):
+        return
+    for name in file.tensors:
+        if zlib.crc32(_bytes(file.read(name).reshape(-1))) != note["crc32"].get(name):
+            raise ValueError(f"{name} does not have its checksum")
+        file.forget()
+    with contextlib.suppress(OSError):  # it was copied or moved, and is whole
+        _write_note(file.path, {**note, "stamp": _stamp(file.path)})
+
+
+def _note_file(path: Path) -> Path:
+    return path.with_suffix(".json")
+
+
+def _stamp(path: Path) -> list[int]:
+    """Size in bytes and time of modification in nanoseconds: a file written to has another."""
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+def _write_note(path: Path, note: Mapping[str, object]) -> None:
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".note.", delete=False) as file:
+        json.dump(note, file)
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, _note_file(path))
+
+
+def _bytes(flat: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor [N]."""
+    return memoryview(flat.view(torch.uint8).numpy().data)
 
 
 def _read(file: SafetensorsFile, name: str, spec: TensorSpec) -> torch.Tensor:
@@ -187,6 +236,7 @@ class Writer:
     def __init__(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
         self._path = path
         self._specs = specs
+        self._checksums: dict[str, int] = {}
         header, self._begins = _layout(specs)
         self._file = tempfile.NamedTemporaryFile(  # noqa: SIM115  closed by __exit__
             dir=path.parent, prefix=f".{path.stem}.", delete=False
@@ -198,8 +248,8 @@ class Writer:
         """Write one weight; any order."""
         order = _order(self._specs[name])
         assert order is not None, self._specs[name]
-        flat = value.permute(order).contiguous().view(-1).view(torch.uint8)
-        data = memoryview(flat.numpy().data)
+        data = _bytes(value.permute(order).contiguous().view(-1))
+        self._checksums[name] = zlib.crc32(data)
         begin = self._begins[name]
         for start in range(0, len(data), WINDOW_BYTES):
             _write_all(self._file.fileno(), data[start : start + WINDOW_BYTES], begin + start)
@@ -211,7 +261,9 @@ class Writer:
         self._file.close()
         if kind is None:
             os.chmod(self._file.name, 0o644)
+            note = {"stamp": _stamp(Path(self._file.name)), "crc32": self._checksums}
             os.replace(self._file.name, self._path)
+            _write_note(self._path, note)
         else:
             os.unlink(self._file.name)
 
@@ -260,12 +312,13 @@ def make_room(folder: Path, nbytes: int) -> str:
     disk = shutil.disk_usage(folder)
     if nbytes > DISK_SHARE * disk.total:
         return f"{nbytes >> 20} MiB are more than {DISK_SHARE:.0%} of the disk of {folder}"
-    files = sorted(folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime)
+    files = sorted(folder.glob("*.safetensors"), key=lambda path: path.stat().st_atime)
     taken = sum(path.stat().st_size for path in files)
     while files and taken + nbytes > DISK_SHARE * disk.total:
         oldest = files.pop(0)
         taken -= oldest.stat().st_size
         oldest.unlink(missing_ok=True)  # who has it mapped keeps it
+        _note_file(oldest).unlink(missing_ok=True)
     if shutil.disk_usage(folder).free - nbytes < FREE_SHARE * disk.total:
         return f"less than {FREE_SHARE:.0%} of the disk of {folder} would stay free"
     return ""

@@ -21,6 +21,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         arrival: ``time.monotonic()`` seconds when it came in.
         priority: lower goes first; used with the ``priority`` policy only.
         cache_salt: requests share cached prefixes only if their salts are equal.
+        num_together: requests that were asked for together; they share the bound on taps.
     """
 
     request_id: str
@@ -30,6 +31,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     arrival: float = 0.0
     priority: int = 0
     cache_salt: str = ""
+    num_together: int = 1
 
     def verify(self, vocab_size: int, max_model_len: int) -> None:
         """Check the prompt and the options.

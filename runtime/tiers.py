@@ -157,7 +157,10 @@ def main() -> int:
         target=_watch, args=(sys.stdin.fileno(),), name="lifeline", daemon=True
     ).start()
     try:
-        _compile(options, lambda *message: said.write(json.dumps(message) + "\n"))
+        try:
+            _compile(options, lambda *message: said.write(json.dumps(message) + "\n"))
+        finally:
+            _end_quietly()
     except (KeyboardInterrupt, BrokenPipeError):
         return 130
     return 0
@@ -177,6 +180,12 @@ def _compile(options: EngineOptions, say: Callable[..., Any]) -> None:
         raise
     else:
         say("artifact", str(made.artifact.path))
+
+
+def _end_quietly() -> None:
+    """The work is over: what would stop it now would only break the end of the process."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _watch(lifeline: int) -> None:

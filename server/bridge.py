@@ -282,6 +282,7 @@ class Run:
             arrival=self.timing.arrival,
             priority=self.job.priority,
             cache_salt=self.job.cache_salt,
+            num_together=len(self.generation.jobs),
         )
 
     def start(self) -> None:

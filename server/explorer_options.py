@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fxlm.server.options import whole
+
 
 def add_explain_options(parser: argparse.ArgumentParser) -> None:
     """What to show, and where to. ``--pass NAME`` shows one pass; with a colon it adds one."""
@@ -12,7 +14,7 @@ def add_explain_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--html", type=Path, metavar="FILE", help="write the page, self-contained")
     group.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON")
     group.add_argument(
-        "--layers", type=int, metavar="N",
+        "--layers", type=whole(1), metavar="N",
         help="look at the first N layers only (default: all, or 2 where memory is short)",
     )  # fmt: skip
     group.add_argument(

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
+from pathlib import Path
 
+from fxlm.compiler.errors import InvalidOption
 from fxlm.runtime.explain import text
 from fxlm.runtime.launch import engine_options
 from fxlm.runtime.options import EngineOptions
@@ -19,6 +22,8 @@ def explain_command(args: argparse.Namespace) -> int:
     from fxlm.runtime.explain.report import Choices, explain
     from fxlm.runtime.options import compile_options
 
+    _require_file("--html", args.html)
+    _require_file("--json", args.json)
     wanted = [item for item in args.passes if ":" not in item]
     args.passes = [item for item in args.passes if ":" in item]
     options = _options(args)
@@ -58,6 +63,8 @@ def bisect_command(args: argparse.Namespace) -> int:
     from fxlm.runtime.explain.repro import where, write_repro
     from fxlm.runtime.options import compile_options
 
+    _require_file("--output", args.output)
+
     def tell(line: bisect.Line) -> None:
         mark = "deviates" if line.deviates else ""
         print(f"up to {line.name:<22} {line.errors.text()} {mark}".rstrip(), flush=True)
@@ -96,6 +103,26 @@ def diff_command(args: argparse.Namespace) -> int:
     verdict = "within" if worst <= args.tolerance else "ABOVE"
     print(f"largest error {worst:.2e} nats, {verdict} the tolerance of {args.tolerance:g}")
     return 0 if worst <= args.tolerance else 1
+
+
+def _require_file(option: str, path: Path | None) -> None:
+    """Tell before the work starts that its result cannot be written.
+
+    Raises:
+        InvalidOption: the path is a directory, or none can be written where it is.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise InvalidOption(option, str(path), "it is a directory; name a file")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+        if path.exists():
+            path.open("ab").close()
+    except OSError as error:
+        reason = f"{(error.strerror or str(error)).lower()}; name a file that can be written"
+        raise InvalidOption(option, str(path), reason) from error
 
 
 def _options(args: argparse.Namespace) -> EngineOptions:

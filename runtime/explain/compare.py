@@ -38,7 +38,8 @@ class Errors:
     """How far one run is from another.
 
     Attributes:
-        absolute: largest error of a log-probability, in nats; infinite where one is NaN.
+        absolute: largest error of a log-probability, in nats; infinite where one is NaN, or
+            where a row has none at all.
         relative: largest error of a row, as a share of its largest log-probability.
         agreement: share of rows whose most likely id is the same.
         num_rows: rows compared.
@@ -99,10 +100,10 @@ def compare(found: Scores, reference: Scores) -> Errors:
     index = torch.tensor([place[row] for row in found.rows])
     exact, known = reference.logprobs[index], reference.known[index] & found.known
     chosen = known & (_first(found.logprobs, found.known) | _first(exact, reference.known[index]))
-    assert bool(chosen.any(-1).all()), "a row has nothing to compare"
+    silent = ~chosen.any(-1)  # a row of NaN, of which no id is drawn
     difference = torch.where(found.logprobs == exact, 0.0, (found.logprobs - exact).abs())
     difference = torch.where(chosen, difference.nan_to_num(nan=torch.inf, posinf=torch.inf), 0.0)
-    worst = difference.amax(-1)
+    worst = torch.where(silent, torch.inf, difference.amax(-1))
     size = torch.where(chosen, exact.abs(), 0.0).amax(-1).clamp(min=1e-6)
     return Errors(
         absolute=float(worst.max()),

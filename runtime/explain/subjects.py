@@ -24,6 +24,7 @@ from fxlm.runtime.explain.fixtures import Mode
 from fxlm.runtime.front import Front, front
 
 Prompts = Sequence[Sequence[int]]
+Weights = dict[str, torch.Tensor]
 Run = Callable[[dict[str, torch.Tensor]], list[torch.Tensor]]
 
 
@@ -47,18 +48,27 @@ class ArtifactSubject:
         artifact: opened.
         checkpoint: tensors are read from it.
         eager: interpret the regions even if packages are there.
+        weights: prepared already; None: they are prepared from the checkpoint.
     """
 
     paged = True
     sampled = True
 
-    def __init__(self, artifact: Artifact, checkpoint: Reader, eager: bool = False) -> None:
+    def __init__(
+        self,
+        artifact: Artifact,
+        checkpoint: Reader,
+        eager: bool = False,
+        weights: Weights | None = None,
+    ) -> None:
         self.artifact = artifact
         self.eager = eager
         self.cache_specs = artifact.caches()
         self.steer_size = sum(size for _, size in artifact.manifest["steered"])
-        with torch.inference_mode():
-            self.weights = load_weights(artifact, checkpoint, torch.device("cpu"))
+        if weights is None:
+            with torch.inference_mode():
+                weights = load_weights(artifact, checkpoint, torch.device("cpu"))
+        self.weights = weights
 
     def bind(self, caches: Caches) -> Run:
         """Steps over these caches."""

@@ -18,6 +18,7 @@ from fxlm.runtime.explain.compare import Errors, Scores, compare
 from fxlm.runtime.explain.fixtures import Mode
 from fxlm.runtime.front import front
 from fxlm.runtime.options import EngineOptions, compile_options
+from fxlm.runtime.worker import load_prepared
 
 # The same measure as `fxlm check`: twice the rounding of the model itself, at least this (nats).
 TIMES_ROUNDING = 2.0
@@ -41,7 +42,8 @@ def verify(
         checkpoint, model["vocab_size"], model["max_position_embeddings"]
     )
     oracle = subjects.reference(checkpoint, compile_options(options), prompts)
-    found = errors_of(artifact, checkpoint, prompts, oracle)
+    weights, _ = load_prepared(made, options)  # those that are served
+    found = errors_of(artifact, checkpoint, prompts, oracle, weights)
     rounding = rounding_of(options, checkpoint, prompts, oracle)
     if tolerance is None:
         tolerance = max(TIMES_ROUNDING * rounding, FLOOR)
@@ -60,18 +62,29 @@ def verify(
 
 
 def errors_of(
-    artifact: Artifact, checkpoint: Checkpoint, prompts: Sequence[Sequence[int]], oracle: Scores
+    artifact: Artifact,
+    checkpoint: Checkpoint,
+    prompts: Sequence[Sequence[int]],
+    oracle: Scores,
+    weights: subjects.Weights | None = None,
 ) -> dict[Mode, Errors]:
     """Errors of an artifact in every mode."""
-    found = scores_of(artifact, checkpoint, prompts)
+    found = scores_of(artifact, checkpoint, prompts, weights)
     return {mode: compare(scores, oracle) for mode, scores in found.items()}
 
 
 def scores_of(
-    artifact: Artifact, checkpoint: Checkpoint, prompts: Sequence[Sequence[int]]
+    artifact: Artifact,
+    checkpoint: Checkpoint,
+    prompts: Sequence[Sequence[int]],
+    weights: subjects.Weights | None = None,
 ) -> dict[Mode, Scores]:
-    """What an artifact says of the prompts in every mode."""
-    subject = subjects.ArtifactSubject(artifact, checkpoint)
+    """What an artifact says of the prompts in every mode.
+
+    Args:
+        weights: those that are served; None: prepared from the checkpoint.
+    """
+    subject = subjects.ArtifactSubject(artifact, checkpoint, weights=weights)
     model = artifact.manifest["model"]
     sizes = {"vocab_size": model["vocab_size"], "block_size": model["block_size"]}
     return {mode: subjects.score(subject, prompts, mode, **sizes) for mode in fixtures.MODES}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,9 +44,44 @@ def test_a_missing_file_is_named(path: Path) -> None:
         artifact.open_artifact(path)
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [('"key": "k"', '"key": "l"'), ('"key": "k",', ""), ('"data.bin"', '"data.bon"')],
+)
+def test_a_manifest_of_other_content_is_damaged(path: Path, old: str, new: str) -> None:
+    manifest = path / artifact.MANIFEST
+    assert old in manifest.read_text()
+    manifest.write_text(manifest.read_text().replace(old, new))
+    with pytest.raises(ArtifactError, match=r"manifest\.json is damaged"):
+        artifact.open_artifact(path)
+
+
+def test_a_manifest_without_files_is_damaged(path: Path) -> None:
+    manifest = path / artifact.MANIFEST
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "files": {}}))
+    with pytest.raises(ArtifactError, match=r"manifest\.json is damaged"):
+        artifact.open_artifact(path)
+
+
+@pytest.mark.parametrize("name", [artifact.MANIFEST, "data.bin"])
+def test_what_cannot_be_read_is_named(
+    path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Path.open
+
+    def refuse(self: Path, *args: Any, **kwargs: Any) -> Any:  # root may read everything
+        if self.name == name:
+            raise PermissionError(13, "Permission denied", str(self))
+        return opened(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(ArtifactError, match=f"{name} cannot be read: Permission denied"):
+        artifact.open_artifact(path)
+
+
 def test_another_format_is_refused(path: Path) -> None:
     manifest = path / artifact.MANIFEST
-    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 99'))
+    manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 99'))
     with pytest.raises(ArtifactError, match="format 99"):
         artifact.open_artifact(path)
 

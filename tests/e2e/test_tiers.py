@@ -1,5 +1,8 @@
 """Tiered start: the graph serves first, the compiled step takes over, nothing is left behind."""
 
+import json
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -72,6 +75,24 @@ def test_an_end_while_compiling_leaves_nothing(background: Background, tmp_path:
     kept = [path.name for path in (tmp_path / "artifacts").iterdir() if path.is_dir()]
     assert kept == [first.path.name]
     assert left_behind(tmp_path) == []
+
+
+# The process whose work is over, told to stop while it ends.
+ENDING = """
+import atexit, os, signal
+from fxlm.runtime import tiers
+tiers._compile = lambda options, say: None
+atexit.register(os.kill, os.getpid(), signal.SIGINT)
+raise SystemExit(tiers.main())
+"""
+
+
+def test_a_process_that_is_done_ends_quietly(options: EngineOptions) -> None:
+    run = subprocess.run(
+        [sys.executable, "-P", "-c", ENDING], input=json.dumps(options.as_json()) + "\n",
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert (run.returncode, run.stderr) == (0, "")
 
 
 def test_a_fault_of_the_options_is_told(options: EngineOptions) -> None:

@@ -28,6 +28,40 @@ def test_user_pass_goes_behind_the_one_it_names() -> None:
     assert placed[placed.index("fuse_qkv") + 1] == "nothing"
 
 
+def user_pass(name: str, **place: str) -> pipeline.GraphPass:
+    return graph_pass(name=name, **place)(lambda program: 0)  # type: ignore[call-overload,no-any-return]
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"after": "two"}, {"after": "fuse_qkv"}),
+        ({"before": "two"}, {"after": "one"}),
+        ({"requires": "two"}, {"before": "sample"}),
+    ],
+)
+def test_user_passes_name_each_other_in_any_order(
+    one: dict[str, str], other: dict[str, str], backwards: bool
+) -> None:
+    given = [user_pass("one", **one), user_pass("two", **other)]
+    placed = names(pipeline.order(default_column(), given[::-1] if backwards else given))
+    earlier, later = ("one", "two") if "before" in one else ("two", "one")
+    assert placed.index(earlier) < placed.index(later)
+
+
+def test_a_circle_of_user_passes_is_refused() -> None:
+    given = [user_pass("one", after="two"), user_pass("two", after="one")]
+    with pytest.raises(InvalidOption, match="must run after"):
+        pipeline.order(default_column(), given)
+
+
+@pytest.mark.parametrize("name", ["twice", "fuse_qkv"])
+def test_a_name_is_used_once(name: str) -> None:
+    with pytest.raises(InvalidOption, match="already in the column"):
+        pipeline.order(default_column(), [user_pass(name), user_pass(name)])
+
+
 def test_unknown_name_suggests_the_nearest() -> None:
     wrong = graph_pass(after="fuse_qvk")(lambda program: 0)
     with pytest.raises(InvalidOption, match="did you mean 'fuse_qkv'"):

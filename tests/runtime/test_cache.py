@@ -160,6 +160,38 @@ def test_a_frozen_artifact_of_another_model_is_refused(cache: Path) -> None:
         open_frozen(only(cache), target_of(open_checkpoint("bundled"), OPTIONS, cache))
 
 
+@pytest.mark.parametrize("part", ["stat", "open"])
+def test_an_artifact_that_cannot_be_read_is_a_miss(
+    checkpoint: Checkpoint, cache: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    target = target_of(checkpoint, OPTIONS, cache)
+    plain = getattr(Path, part)
+
+    def refuse(self: Path, *args: Any, **kwargs: Any) -> Any:  # root may read everything
+        if self.name == MANIFEST:
+            raise PermissionError(13, "Permission denied", str(self))
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, part, refuse)
+    found = look_up(target)
+    assert isinstance(found, Miss)
+    assert found.kind == "damaged"
+    assert "cannot be read: Permission denied" in found.text
+
+
+def test_a_manifest_without_its_keys_is_a_miss(
+    checkpoint: Checkpoint, cache: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(cache / "artifacts", tmp_path / "artifacts")
+    manifest = only(tmp_path) / MANIFEST
+    content = json.loads(manifest.read_text())
+    del content["key"]
+    manifest.write_text(json.dumps({**content, "files": {}}))
+    found = look_up(target_of(checkpoint, OPTIONS, tmp_path))
+    assert isinstance(found, Miss)
+    assert found.kind == "damaged"
+
+
 @pytest.mark.parametrize("damage", ["load.json", MANIFEST])
 def test_a_damaged_frozen_artifact_is_refused(
     checkpoint: Checkpoint, cache: Path, tmp_path: Path, damage: str

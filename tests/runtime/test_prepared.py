@@ -35,7 +35,7 @@ def _every_size(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def files(folder: Path) -> list[str]:
-    return [path.name for path in folder.iterdir() if path.suffix != ".lock"]
+    return [path.name for path in folder.iterdir() if path.suffix == ".safetensors"]
 
 
 def test_the_second_start_maps_what_the_first_wrote(
@@ -66,7 +66,7 @@ def test_large_weights_are_aligned(model: tuple[Artifact, Checkpoint], tmp_path:
     assert all(value.data_ptr() % prepared.ALIGNMENT == 0 for value in large)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "foreign", "empty"])
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "empty", "blocks", "note"])
 def test_damage_is_prepared_anew(
     model: tuple[Artifact, Checkpoint], tmp_path: Path, damage: str,
     caplog: pytest.LogCaptureFixture,
@@ -74,12 +74,36 @@ def test_damage_is_prepared_anew(
     prepared.load(*model, CPU, tmp_path)
     (name,) = files(tmp_path)
     whole = (tmp_path / name).read_bytes()
-    content = {"truncated": whole[:-4], "foreign": b"\2" + b"\0" * 7 + b"{}", "empty": b""}[damage]
-    (tmp_path / name).write_bytes(content)
+    place = tmp_path / name if damage != "note" else (tmp_path / name).with_suffix(".json")
+    changed = bytearray(whole)
+    changed[-512:] = os.urandom(512)
+    content = {
+        "truncated": whole[:-4], "foreign": b"\2" + b"\0" * 7 + b"{}", "empty": b"",
+        "blocks": bytes(changed), "note": b"{}",
+    }[damage]  # fmt: skip
+    place.write_bytes(content)
     again, how = prepared.load(*model, CPU, tmp_path)
     assert how.startswith("prepared, and kept in")
     assert "damaged" in caplog.text
     assert len(again) == len(model[0].weights())
+    assert (tmp_path / name).read_bytes() == whole
+
+
+def test_a_file_that_was_copied_is_checked_once(
+    model: tuple[Artifact, Checkpoint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared.load(*model, CPU, tmp_path)
+    (name,) = files(tmp_path)
+    (tmp_path / name).touch()
+    checked: list[int] = []
+    sums = prepared.zlib.crc32
+    monkeypatch.setattr(
+        prepared.zlib, "crc32", lambda data: checked.append(len(data)) or sums(data)
+    )  # type: ignore[func-returns-value]
+    for _ in range(2):
+        _, how = prepared.load(*model, CPU, tmp_path)
+        assert how.startswith("mapped from")
+        assert len(checked) == len(model[0].weights())
 
 
 def test_another_file_of_weights_is_prepared_anew(

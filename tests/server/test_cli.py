@@ -3,6 +3,7 @@
 import argparse
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -65,6 +66,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["serve", "--dtype", "float13"], "--dtype: invalid choice"),
         (["serve", "--port", "x"], "--port: invalid integer value"),
         (["serve", "--max-num-seqs", "0"], "0 is less than 1"),
+        (["explain", "m", "--layers", "0"], "0 is less than 1"),
         (["serve", "--memory-fraction", "1.5"], "not between 0 and 1"),
         (["serve", "--kv-cache-memory-bytes", "lots"], "'lots' is no size"),
     ],
@@ -74,6 +76,24 @@ def test_wrong_use(argv: list[str], said: str, capsys: pytest.CaptureFixture[str
         cli.main(argv)
     assert caught.value.code == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "option"), [("explain", "--html"), ("explain", "--json"), ("bisect", "--output")]
+)
+@pytest.mark.parametrize(
+    ("place", "said"), [("", "is a directory"), ("nowhere/x", "no such file"), ("file/x", "not a")]
+)
+def test_where_results_go_is_checked_before_the_work(
+    command: str, option: str, place: str, said: str, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("fxlm.models.checkpoint.open_checkpoint", None)  # the work would fail
+    assert cli.main([command, "bundled", option, str(tmp_path / place)]) != 0
+    error = capsys.readouterr().err
+    assert option in error
+    assert said in error
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ def test_prompt_forms(client: openai.OpenAI, running: Running) -> None:
         running.engine.requests.clear()
         reply = client.completions.create(model="fake", prompt=prompt, n=2, max_tokens=2)
         assert [bytes(r.prompt_token_ids).decode() for r in running.engine.requests] == meant
+        assert {r.num_together for r in running.engine.requests} == {len(meant)}
         assert [choice.index for choice in reply.choices] == list(range(2 * len(meant)))
         assert {choice.text for choice in reply.choices} == {"He"}
         assert reply.usage.completion_tokens == 4 * len(meant)

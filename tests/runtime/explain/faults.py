@@ -43,3 +43,17 @@ def wrong_slice(program: Program) -> int:
         turned = program.call(aten.cat.default, parts, 0, like=node)
     node.args = (node.args[0], turned, *node.args[2:])
     return 1
+
+
+@graph_pass(after="fuse_gate_up")
+def not_a_number(program: Program) -> int:
+    """No number: the first layer's gate is the logarithm of a negative one."""
+    node = program.find(aten.silu.default)[0]
+    with program.graph.inserting_before(node):
+        square = program.call(aten.square.default, node.args[0], like=node)
+        below = program.call(
+            aten.sub.Scalar, program.call(aten.neg.default, square, like=node), 1.0, like=node
+        )
+        new = program.call(aten.log.default, below, like=node)
+    program.replace(node, new)
+    return 1

@@ -20,7 +20,7 @@ from fxlm.models.checkpoint import Checkpoint, open_checkpoint
 from fxlm.models.tiny import write_checkpoint
 from fxlm.runtime.explain.bisect import bisect
 from fxlm.runtime.explain.repro import where, write_repro
-from tests.runtime.explain.faults import wrong_op, wrong_scale, wrong_slice
+from tests.runtime.explain.faults import not_a_number, wrong_op, wrong_scale, wrong_slice
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_an_honest_column_is_not_blamed(checkpoint: Checkpoint) -> None:
 @pytest.mark.parametrize(
     ("fault", "layer", "module"),
     [(wrong_scale, 1, "model.layers.1"), (wrong_op, 0, "model.layers.0.mlp"),
-     (wrong_slice, 1, "model.layers.1.self_attn.k_proj")],
+     (not_a_number, 0, "model.layers.0.mlp"), (wrong_slice, 1, "model.layers.1.self_attn.k_proj")],
 )  # fmt: skip
 def test_a_seeded_fault_is_found(
     fault: GraphPass, layer: int, module: str, checkpoint: Checkpoint, tmp_path: Path

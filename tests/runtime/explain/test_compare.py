@@ -36,6 +36,13 @@ def test_a_nan_is_an_infinite_error() -> None:
     assert compare(from_logits(ROWS, wrong), from_logits(ROWS, LOGITS)).absolute == float("inf")
 
 
+def test_a_row_without_any_probability_is_an_infinite_error() -> None:
+    outputs = sampled(LOGITS)
+    outputs[1][0] = -torch.inf  # logprobs of the first row
+    found = compare(from_samples(ROWS, outputs, 50), from_logits(ROWS, LOGITS))
+    assert (found.absolute, found.worst) == (float("inf"), (0, 0))
+
+
 def test_ids_that_only_one_side_ranks_first_count() -> None:
     wrong = from_samples(ROWS, sampled(-LOGITS), 50)
     found = compare(wrong, from_logits(ROWS, LOGITS))

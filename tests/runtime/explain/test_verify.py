@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,10 +14,12 @@ from fxlm.compiler.errors import InvalidOption
 from fxlm.models.tiny import write_checkpoint
 from fxlm.runtime.compile import Compilation
 from fxlm.runtime.explain import stamp
+from fxlm.runtime.explain import verify as verifying
 from fxlm.runtime.explain.fixtures import MODES
 from fxlm.runtime.explain.verify import verify
 from fxlm.runtime.options import EngineOptions
-from tests.runtime.explain.faults import wrong_scale
+from fxlm.runtime.worker import load_prepared
+from tests.runtime.explain.faults import not_a_number, wrong_scale
 
 Verified = tuple[stamp.Stamp, Compilation]
 
@@ -49,6 +52,23 @@ def test_a_wrong_model_is_stamped_as_wrong(options: EngineOptions) -> None:
     found, made = verify(replace(options, passes=(wrong_scale,)))
     assert not found.passed
     assert "FOUND WRONG" in stamp.line(made.artifact, found.weights)
+
+
+def test_a_model_that_gives_no_number_is_stamped_as_wrong(options: EngineOptions) -> None:
+    found, made = verify(replace(options, passes=(not_a_number,)))
+    assert found.largest == float("inf")
+    assert "FOUND WRONG" in stamp.line(made.artifact, found.weights)
+
+
+def test_the_weights_that_are_served_are_verified(
+    options: EngineOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(compilation: Compilation, options: EngineOptions) -> Any:
+        weights, origin = load_prepared(compilation, options)
+        return {name: value * 1.5 for name, value in weights.items()}, origin
+
+    monkeypatch.setattr(verifying, "load_prepared", damaged)
+    assert not verify(options)[0].passed
 
 
 def test_tolerance_is_the_users(options: EngineOptions) -> None:
