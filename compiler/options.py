@@ -32,7 +32,8 @@ class CompileOptions:
         dtype: element type of weights and activations; ``auto`` takes the checkpoint's.
         block_size: tokens per block of the KV cache.
         kv_cache_dtype: what the cache holds: ``auto`` (elements of the activations' type), ``int8``
-            or ``fp8`` (e4m3; ``fp8_e4m3`` is the same), codes with a scale a token and head.
+            or ``fp8`` (e4m3; ``fp8_e4m3`` is the same), codes with a scale a token and head, or
+            with the checkpoint's own scales where it has some for these codes.
         max_model_len: context that will be served; decides the artifact only for rotations
             that depend on it. None: what the model was made for.
         eager: leave the regions uncompiled and interpret them (no C++ compiler needed).

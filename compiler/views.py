@@ -206,7 +206,18 @@ def _symbol(size: Any, names: Mapping[Any, str]) -> str:
     expression = getattr(getattr(size, "node", None), "expr", None)
     if expression in names:
         return names[expression]
-    return str(expression.subs(names)) if expression is not None else "?"
+    if expression is None:
+        return "?"
+    letters = {known: _letters(name) for known, name in names.items()}  # else S is sympy's own
+    return str(expression.subs(letters))
+
+
+def _letters(name: str) -> Any:
+    """The expression of a name such as ``S`` or ``S+1``."""
+    import sympy
+
+    letter, _, more = name.partition("+")
+    return sympy.Symbol(letter) + int(more or 0)
 
 
 def _symbol_names(program: Program) -> dict[Any, str]:

@@ -21,9 +21,15 @@ from torch import nn
 from fxlm.compiler.errors import InvalidModel
 from fxlm.models import compat
 from fxlm.models.checkpoint import Checkpoint
-from fxlm.models.formats import LogicalTensor, logical_tensors
+from fxlm.models.formats import LogicalTensor, logical_tensors, quantization_of
 
 _SHOWN = 5  # names listed in an error
+# What formats store beside a quantized weight: after its name, after that of its layer.
+OF_A_WEIGHT = (
+    "_scale", "_scale_inv", "_scales", "_blocks", "_packed", "_zero_point", "_scale_2", ".absmax",
+    ".quant_map",
+)  # fmt: skip
+OF_A_LAYER = (".scales", ".qzeros", ".qweight", ".SCB")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -105,7 +111,8 @@ def bind(checkpoint: Checkpoint, model: nn.Module) -> Binding:
     values, are untied, both as ``from_pretrained`` does.
 
     Raises:
-        InvalidModel: tensors are missing, or have another shape than the model's.
+        InvalidModel: tensors are missing, have another shape than the model's, or hold codes of
+            a quantized weight that no format reads.
     """
     hf: Any = model
     logical = logical_tensors(checkpoint)
@@ -116,8 +123,10 @@ def bind(checkpoint: Checkpoint, model: nn.Module) -> Binding:
     _require_shapes(hf, made, targets)
     constants = _promote_buffers(hf, targets)
     used = [rule for rule in rules if any(name in targets for name in rule.makes)]
+    _refuse_codes(checkpoint, hf, used, logical)
     names = dict.fromkeys(raw for rule in used for raw in rule.raw(logical))
     unused += [raw for rule in rules if rule not in used for raw in rule.raw(logical)]
+    _refuse_orphans(checkpoint, names, logical, set(unused) - set(names))
     dtypes = {name: tensor.dtype for name, tensor in hf.state_dict(keep_vars=True).items()}
     return Binding(
         names=list(names), targets=targets, tied=tied,
@@ -241,6 +250,55 @@ def _require_shapes(
             raise InvalidModel(
                 f"tensor {name} (from {', '.join(targets[name][:3])}) has shape "
                 f"{list(made[name].shape)}, but config.json makes it {list(state[name].shape)}"
+            )
+
+
+def _refuse_codes(
+    checkpoint: Checkpoint, model: Any, rules: list[_Rule], logical: Mapping[str, LogicalTensor]
+) -> None:
+    """Integers and float8 are codes of a quantized weight; a cast would make garbage of them."""
+    state = model.state_dict(keep_vars=True)
+    for rule in rules:
+        if not any(name in state and state[name].is_floating_point() for name in rule.makes):
+            continue
+        for name, _ in rule.sources:
+            dtype = logical[name].dtype
+            if not dtype.is_floating_point or dtype.itemsize == 1:
+                raise InvalidModel(
+                    f"tensor {name!r} of {checkpoint.path} is {str(dtype).removeprefix('torch.')}, "
+                    f"the codes of a quantized weight, and nothing says how to read them: "
+                    f"{_stated(checkpoint)}. Restore the quantization_config that the checkpoint "
+                    "was published with, or download it again"
+                )
+
+
+def _stated(checkpoint: Checkpoint) -> str:
+    found = quantization_of(checkpoint)
+    if found is None:
+        return "its config.json has no quantization_config"
+    return f"its quantization_config ({found[0]}) does not cover this tensor"
+
+
+def _refuse_orphans(
+    checkpoint: Checkpoint,
+    names: Mapping[str, Any],
+    logical: Mapping[str, LogicalTensor],
+    unused: set[str],
+) -> None:
+    """A weight taken as it is must have no scales beside it: something was replaced."""
+    for name in names:
+        if name not in logical or logical[name].sources != (name,):
+            continue
+        module = name.removesuffix(".weight")
+        beside = [f"{name}{end}" for end in OF_A_WEIGHT]
+        beside += [f"{module}{end}" for end in OF_A_LAYER if module != name]
+        found = [other for other in beside if other in unused]
+        if found:
+            raise InvalidModel(
+                f"{name!r} of {checkpoint.path} is {checkpoint.tensors[name].dtype}, a plain "
+                f"weight, yet {found[0]!r} belongs to a quantized one and would be ignored: "
+                f"{_stated(checkpoint)}. Download the checkpoint again, or delete {found[0]!r} if "
+                "the weight is dense"
             )
 
 

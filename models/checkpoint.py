@@ -34,6 +34,7 @@ IGNORE = ["original/*", "onnx/*", "consolidated*"]
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?$")
 # Keys of a config that say where it was written, not what the model is.
 _VOLATILE = {"transformers_version", "_name_or_path", "name_or_path"}
+_SEEN = ("g_idx", ".weight_shape")  # ends of names: groups of inputs, shapes of packed weights
 
 
 class Checkpoint:
@@ -90,12 +91,24 @@ class Checkpoint:
     def digest(self) -> str:
         """Identity of what a compiler sees: config, tensor names, dtypes and shapes.
 
-        The same for two fine-tunes of one model; hexadecimal SHA-256.
+        Of quantized checkpoints also the values that decide how weights are unpacked, such as the
+        order of groups. The same for two fine-tunes of one model; hexadecimal SHA-256.
         """
         config = {k: v for k, v in self.config.items() if k not in _VOLATILE}
         tensors = {name: [info.dtype, info.shape] for name, info in self.tensors.items()}
-        text = json.dumps({"config": config, "tensors": tensors}, sort_keys=True)
+        seen = {"config": config, "tensors": tensors, "values": self._values_seen()}
+        text = json.dumps(seen, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def _values_seen(self) -> dict[str, str]:
+        """Digests of the tensors whose values decide the code that unpacks weights."""
+        found = {}
+        for name, info in self.tensors.items():
+            if name.endswith(_SEEN) or ".quant_state." in name:
+                with info.file.open("rb") as file:
+                    file.seek(info.begin)
+                    found[name] = hashlib.sha256(file.read(info.num_bytes)).hexdigest()
+        return found
 
     def weights_digest(self) -> str:
         """Identity of the weights themselves, by size, header and sampled pages of each file.

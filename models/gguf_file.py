@@ -130,6 +130,20 @@ class GgufFile:
         return digest.hexdigest()
 
 
+def _require_contiguous(
+    path: Path, tensors: dict[str, GgufTensor], data: int, alignment: int
+) -> None:
+    """Each tensor must begin where the one before ends, padded: else a type or offset is wrong."""
+    before, place = "the header", data
+    for info in sorted(tensors.values(), key=lambda t: (t.begin, t.end)):
+        if info.begin != place:
+            raise InvalidModel(
+                f"tensor {info.name!r} of {path} begins at byte {info.begin}, but {before} ends at "
+                f"{place} (padded): a type or an offset in the header is wrong; download it again"
+            )
+        before, place = f"{info.name!r} ({info.dtype})", -(-info.end // alignment) * alignment
+
+
 class _Header:
     """Reads a header from its start; ``place`` is the next byte."""
 
@@ -158,6 +172,7 @@ class _Header:
         tensors = {entry[0]: self.tensor(*entry, data) for entry in entries}
         if len(tensors) != num_tensors:
             raise InvalidModel(f"{self.path} has two tensors of one name")
+        _require_contiguous(self.path, tensors, data, alignment)
         return values, tensors
 
     def unpack(self, form: str, count: int = 1) -> tuple[Any, ...]:

@@ -58,7 +58,8 @@ def paged_attention(
     nodes = program.find(torch.ops.fxlm.attention.default)
     for index, node in enumerate(nodes):
         caches = _add_caches(program, node, index, cache_dtype)
-        fixed = [_scale(program, node, raw) for raw in (scales or {}).get(index, ())]
+        layer: Any = node.args[3]
+        fixed = [_scale(program, node, raw) for raw in (scales or {}).get(layer, ())]
         _replace(program, node, caches, metadata, fixed or [None, None])
     return len(nodes)
 

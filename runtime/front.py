@@ -7,6 +7,7 @@ here: running the passes (`fxlm.compiler.pipeline`), what becomes of them (`comp
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -77,7 +78,10 @@ def front(
     with stage("capture"):
         program = capture(model, facts)
     raw = {n: _raw_type(checkpoint, n) for n in binding.names}
-    column = column_of(options, bind_checkpoint={"convert": binding.convert, "raw": raw})
+    settings: dict[str, Any] = {"bind_checkpoint": {"convert": binding.convert, "raw": raw}}
+    if scales := _kv_scales(checkpoint, options, model):
+        settings["paged_attention"] = {"scales": scales}
+    column = column_of(options, **settings)
     return Front(program=program, column=column, binding=binding)
 
 
@@ -102,6 +106,29 @@ def _facts(model: Any, options: CompileOptions, dtype: torch.dtype) -> Facts:
         device=torch.device(options.device),
         block_size=options.block_size,
     )
+
+
+def _kv_scales(checkpoint: Checkpoint, options: CompileOptions, model: Any) -> dict[int, Any]:
+    """By layer, the tensors that hold the scales of the KV cache; see `models.kv_scales`."""
+    from fxlm.models.facts import facts
+    from fxlm.models.kv_scales import kv_scales
+
+    heads = facts(model.config).num_kv_heads
+    found = kv_scales(checkpoint, resolve_cache_dtype(options.kv_cache_dtype), heads)
+    made = {
+        layer: tuple((name, *_raw_type(checkpoint, name)) for name in names)
+        for layer, names in found.items()
+    }
+    for name, _, shape in (raw for pair in made.values() for raw in pair):
+        if options.ranks > 1 and math.prod(shape) > 1:
+            raise InvalidOption(
+                "kv_cache_dtype", options.kv_cache_dtype,
+                f"{name!r} of {checkpoint.path} has a scale a head, and several ranks cannot "
+                "divide them; use auto, or tensor_parallel_size 1",
+            )  # fmt: skip
+    if made:
+        _log.info("KV cache: scales of %d layers are the checkpoint's own", len(made))
+    return made
 
 
 def stored_dtype(checkpoint: Checkpoint) -> str:

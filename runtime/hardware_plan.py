@@ -111,12 +111,17 @@ def read_hardware(choice: str) -> Hardware:
     """
     path = FOLDER / f"{choice}.json" if choice in hardware_names() else Path(choice)
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Hardware)
+        found = msgspec.json.decode(path.read_bytes(), type=Hardware)
     except OSError:
         reason = f"give a JSON file, or one of {', '.join(hardware_names())}"
         raise InvalidOption("--hardware", choice, reason) from None
     except msgspec.MsgspecError as error:
         raise InvalidOption("--hardware", choice, str(error)) from None
+    for name in ("devices", "memory_bytes", "read_bytes_per_s", "link_bytes_per_s"):
+        if not getattr(found, name) > 0:
+            reason = f"{name} is {getattr(found, name)!r}, must be more than 0"
+            raise InvalidOption("--hardware", choice, reason)
+    return found
 
 
 def plan_ranks(

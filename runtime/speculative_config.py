@@ -9,7 +9,7 @@ import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, get_args
 
 import msgspec
 
@@ -19,6 +19,7 @@ OPTION = "speculative_config"
 MOST_TOKENS = 64
 
 Method = Literal["ngram", "suffix", "draft_model", "custom_class"]
+METHODS: tuple[str, ...] = get_args(Method)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +68,8 @@ class SpeculativeConfig:
             _refuse("model", self.model, f"method {self.kind} needs one")
         if self.model and not needs_model:
             _refuse("model", self.model, f"method {self.kind} takes none")
+        if self.prompt_lookup_max is not None and self.prompt_lookup_max < 1:
+            _refuse("prompt_lookup_max", self.prompt_lookup_max, "must be at least 1")
         if not 1 <= self.most <= MOST_TOKENS:
             _refuse("num_speculative_tokens", self.most, f"use 1 to {MOST_TOKENS}")
         if not 1 <= self.lookup[0] <= self.lookup[1]:
@@ -104,7 +107,9 @@ class SpeculativeConfig:
     @property
     def lookup(self) -> tuple[int, int]:
         """Least and greatest n of an n-gram, resolved: 2 to 5, or the one that is given."""
-        longest = self.prompt_lookup_max or max(self.prompt_lookup_min or 0, 5)
+        longest = self.prompt_lookup_max
+        if longest is None:
+            longest = max(self.prompt_lookup_min or 0, 5)
         shortest = self.prompt_lookup_min
         return (min(2, longest) if shortest is None else shortest), longest
 
@@ -135,6 +140,9 @@ def speculative_config(given: Any) -> SpeculativeConfig:
     except msgspec.ValidationError as error:
         reason, _, place = str(error).partition(" - at `$.")
         field = place.rstrip("`")
+        if field == "method" and isinstance(given["method"], str):
+            near = difflib.get_close_matches(given["method"], METHODS, n=1)
+            reason = f"did you mean {near[0]!r}?" if near else f"use {', '.join(METHODS)}"
         _refuse(field, given.get(field), reason)
 
 

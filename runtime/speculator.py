@@ -7,8 +7,11 @@ budget for drafts (``scheduler``), verification (the graph).
 from __future__ import annotations
 
 import logging
+import operator
 import time
 from collections.abc import Callable
+from itertools import islice
+from typing import Any
 
 from fxlm.runtime.drafters.base import Drafter
 from fxlm.runtime.lengths import Lengths
@@ -66,7 +69,7 @@ class Speculator:
         try:
             found = self.drafter.propose([s for s, _ in asked], [limit for _, limit in asked])
             drafts = _checked(found, asked, vocab_size)
-        except Exception as error:  # whatever a drafter, a user's perhaps, raises
+        except (Exception, SystemExit) as error:  # whatever a drafter, a user's perhaps, raises
             self._switch_off(error)
             return
         depth = max(map(len, drafts))
@@ -75,7 +78,7 @@ class Speculator:
         for (sequence, _), tokens in zip(asked, drafts, strict=True):
             sequence.drafts = tokens
 
-    def _switch_off(self, error: Exception) -> None:
+    def _switch_off(self, error: BaseException) -> None:
         assert self.drafter is not None
         name = self.drafter.name or type(self.drafter).__name__
         self.drafter = None
@@ -105,7 +108,7 @@ class Speculator:
         try:
             if self.drafter is not None:
                 self.drafter.finish(sequence)
-        except Exception as error:  # as above
+        except (Exception, SystemExit) as error:  # as above
             self._switch_off(error)
 
 
@@ -121,8 +124,8 @@ def _checked(
     drafts = []
     for (sequence, limit), tokens in zip(asked, found, strict=True):
         draft: list[int] = []
-        for token in list(tokens)[:limit]:
-            number = int(token)
+        for token in islice(tokens, limit):  # which may never end
+            number = _token_id(token)
             if not 0 <= number < vocab_size:
                 raise ValueError(f"token {token} is outside the vocabulary, 0..{vocab_size - 1}")
             if number in sequence.stop_ids:
@@ -130,3 +133,11 @@ def _checked(
             draft.append(number)
         drafts.append(draft)
     return drafts
+
+
+def _token_id(token: Any) -> int:
+    """A whole number of Python, numpy or torch; no text and no float, which would be cut."""
+    try:
+        return operator.index(token)
+    except TypeError:
+        raise TypeError(f"token {token!r} is no whole number") from None

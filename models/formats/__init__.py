@@ -171,6 +171,29 @@ def require(
     return info
 
 
+def matrix(checkpoint: Checkpoint, name: str, *, dtypes: tuple[str, ...]) -> tuple[int, int]:
+    """The shape of a raw tensor that must be of one of these types and have two dimensions.
+
+    Raises:
+        InvalidModel: it is absent, or is something else.
+    """
+    shape = require(checkpoint, name, dtypes=dtypes).shape
+    if len(shape) != 2 or 0 in shape:
+        raise refuse(checkpoint, f"{name} has shape {list(shape)}, must be a matrix")
+    return shape[0], shape[1]
+
+
+def num_groups(checkpoint: Checkpoint, inputs: int, size: Any) -> int:
+    """How many groups of ``size`` (-1: all) make that many inputs.
+
+    Raises:
+        InvalidModel: no such size.
+    """
+    if type(size) is not int or size < -1 or size == 0:
+        raise refuse(checkpoint, f"group_size={size!r} of its quantization; use -1 or a count")
+    return 1 if size == -1 else -(-inputs // size)
+
+
 def refuse(checkpoint: Checkpoint, reason: str) -> InvalidModel:
     """The error for a checkpoint whose settings cannot be read."""
     return InvalidModel(f"{checkpoint.path} cannot be read: {reason}")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fxlm.compiler import ops
-from fxlm.models.formats import LogicalTensor, refuse, require
+from fxlm.models.formats import LogicalTensor, matrix, num_groups, refuse, require
 from fxlm.models.formats.bits import unpack_words
 
 if TYPE_CHECKING:
@@ -44,20 +44,25 @@ def read(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, Logical
     if bits != BITS:
         raise refuse(checkpoint, f"AWQ with bits={bits!r}; 4 is read")
     modules = [n.removesuffix(".qweight") for n in checkpoint.tensors if n.endswith(".qweight")]
-    made = (_linear(checkpoint, module) for module in modules)
+    size = config.get("group_size", config.get("q_group_size"))
+    zeros = config.get("zero_point") is True
+    made = (_linear(checkpoint, module, size, zeros) for module in modules)
     return {tensor.name: tensor for tensor in made}
 
 
-def _linear(checkpoint: Checkpoint, module: str) -> LogicalTensor:
-    inputs, words = require(checkpoint, f"{module}.qweight", dtypes=("I32",)).shape
+def _linear(checkpoint: Checkpoint, module: str, size: Any, zero_point: bool) -> LogicalTensor:
+    inputs, words = matrix(checkpoint, f"{module}.qweight", dtypes=("I32",))
     outputs = words * 8
-    groups = require(checkpoint, f"{module}.scales", dtypes=FLOATS).shape[0]
-    require(checkpoint, f"{module}.scales", dtypes=FLOATS, shape=(groups, outputs))
+    groups = matrix(checkpoint, f"{module}.scales", dtypes=FLOATS)[0]
+    groups = groups if size is None else num_groups(checkpoint, inputs, size)
+    why = "" if size is None else f"group_size {size}, {inputs} inputs"
+    require(checkpoint, f"{module}.scales", dtypes=FLOATS, shape=(groups, outputs), why=why)
     sources = [f"{module}.qweight", f"{module}.scales"]
-    if f"{module}.qzeros" in checkpoint.tensors:
-        require(checkpoint, f"{module}.qzeros", dtypes=("I32",), shape=(groups, words))
+    if zero_point or f"{module}.qzeros" in checkpoint.tensors:
+        why = "zero_point: true"
+        require(checkpoint, f"{module}.qzeros", dtypes=("I32",), shape=(groups, words), why=why)
         sources.append(f"{module}.qzeros")
-    group = -(-inputs // groups)
+    group = -(-inputs // max(groups, 1))
 
     def build(qweight: torch.Tensor, scales: torch.Tensor, *zeros: torch.Tensor) -> torch.Tensor:
         scale = scales.float().t()

@@ -6,8 +6,14 @@ Unpacking is plain tensor code that runs on real, meta and traced tensors.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
+
+from fxlm.compiler.errors import InvalidModel
+
+if TYPE_CHECKING:
+    from fxlm.models.checkpoint import Checkpoint
 
 
 def unpack_words(words: torch.Tensor, bits: int, minus: int = 0) -> torch.Tensor:
@@ -30,6 +36,31 @@ def unpack_words(words: torch.Tensor, bits: int, minus: int = 0) -> torch.Tensor
 def in_order(groups: torch.Tensor, size: int) -> bool:
     """Whether the groups of inputs, int [K], are 0…0 1…1 …, ``size`` of each."""
     return bool((groups == torch.arange(len(groups)) // size).all())
+
+
+def require_groups(checkpoint: Checkpoint, name: str, size: int, count: int) -> None:
+    """Refuse groups of inputs that are not ``count`` groups of ``size`` (the last: what is left).
+
+    Args:
+        name: of the tensor, int [K].
+
+    Raises:
+        InvalidModel: a group that does not exist, or of another size.
+    """
+    groups = checkpoint.read(name).to(torch.int64)
+    least, most = int(groups.min()), int(groups.max())
+    if least < 0 or most >= count:
+        raise InvalidModel(
+            f"tensor {name!r} of {checkpoint.path} has groups {least} to {most}, but there are "
+            f"{count} groups of scales; download the checkpoint again"
+        )
+    sizes = torch.bincount(groups, minlength=count)
+    if bool((sizes[:-1] != size).any()):
+        group = int((sizes[:-1] != size).nonzero()[0])
+        raise InvalidModel(
+            f"tensor {name!r} of {checkpoint.path} puts {int(sizes[group])} inputs into group "
+            f"{group}, must be {size}; download the checkpoint again"
+        )
 
 
 def unordered(

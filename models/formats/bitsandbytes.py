@@ -16,6 +16,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -131,10 +132,15 @@ def _state(checkpoint: Checkpoint, name: str) -> _State:
     try:
         values = json.loads(bytes(checkpoint.read(name).tolist()))
         rows, columns = (int(size) for size in values["shape"])
-        return _State(
+        state = _State(
             shape=(rows, columns), block=int(values["blocksize"]),
             nested_block=int(values.get("nested_blocksize") or 0),
             nested_offset=float(values.get("nested_offset") or 0.0),
         )  # fmt: skip
+        if min(rows, columns, state.block) < 1 or state.nested_block < 0:
+            raise ValueError(f"{values['shape']} in blocks of {values['blocksize']}")
+        if not math.isfinite(state.nested_offset):
+            raise ValueError(f"nested_offset {state.nested_offset}")
+        return state
     except (ValueError, KeyError, TypeError) as error:
         raise refuse(checkpoint, f"{name} is no quantization state: {error!r}") from error

@@ -22,7 +22,7 @@ import torch
 
 from fxlm.compiler import ops
 from fxlm.models.formats import LogicalTensor, refuse, require
-from fxlm.models.formats.bits import unordered, unpack_words
+from fxlm.models.formats.bits import require_groups, unordered, unpack_words
 
 if TYPE_CHECKING:
     from fxlm.models.checkpoint import Checkpoint
@@ -69,7 +69,10 @@ def read(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, Logical
     """
     ops.load()
     _refuse_unread(checkpoint, config)
-    groups = [_group(checkpoint, n, g) for n, g in (config.get("config_groups") or {}).items()]
+    stated = config.get("config_groups") or {}
+    if not isinstance(stated, dict):
+        raise refuse(checkpoint, f"config_groups is {stated!r}, must be an object of groups")
+    groups = [_group(checkpoint, n, g) for n, g in stated.items()]
     made = {}
     for name, info in checkpoint.tensors.items():
         if name.endswith(".weight_packed"):
@@ -105,17 +108,20 @@ def _group(checkpoint: Checkpoint, name: str, settings: Any) -> _Group:
     if form is not None and form not in READ:
         raise refuse(checkpoint, f"config_groups {name!r} has format {form!r}; read are {READ}")
     strategy = weights.get("strategy") or ("group" if weights.get("group_size") else "tensor")
-    found = _Group(
-        name=name,
-        targets=tuple(settings.get("targets") or ()),
-        floating=weights.get("type", "int") == "float",
-        bits=int(weights.get("num_bits", 8)),
-        symmetric=bool(weights.get("symmetric", True)),
-        strategy=strategy,
-        group_size=int(weights.get("group_size") or 0),
-        block=_block(weights.get("block_structure")),
-        activation=_activation(weights, settings.get("input_activations")),
-    )
+    try:
+        found = _Group(
+            name=name,
+            targets=_targets(settings.get("targets")),
+            floating=weights.get("type", "int") == "float",
+            bits=int(weights.get("num_bits", 8)),
+            symmetric=bool(weights.get("symmetric", True)),
+            strategy=strategy,
+            group_size=int(weights.get("group_size") or 0),
+            block=_block(weights.get("block_structure")),
+            activation=_activation(weights, settings.get("input_activations")),
+        )
+    except (ValueError, TypeError) as error:
+        raise refuse(checkpoint, f"config_groups {name!r}: {error}") from error
     if strategy not in ("tensor", "channel", "group", "block"):
         raise refuse(checkpoint, f"config_groups {name!r} has weights by {strategy!r}")
     if (found.floating and found.bits != 8) or (strategy == "group" and found.group_size < 1):
@@ -130,14 +136,40 @@ def _block(structure: Any) -> tuple[int, int]:
     return rows, columns
 
 
+def _targets(stated: Any) -> tuple[str, ...]:
+    targets = tuple(stated or ())
+    for target in targets:
+        if not isinstance(target, str):
+            raise ValueError(f"its targets hold {target!r}, which is no text")
+        try:
+            re.compile(target.removeprefix("re:") if target.startswith("re:") else "")
+        except re.error as error:
+            raise ValueError(f"target {target!r} is no regular expression: {error}") from error
+    return targets
+
+
 def _activation(weights: Mapping[str, Any], inputs: Any) -> str:
-    rounds = isinstance(inputs, dict) and inputs.get("type", "int") == "int"
-    return "int8" if rounds and weights.get("type", "int") == "int" else "none"
+    """What is done to inputs: ``int8`` a token, or ``none`` (fp8 ones stay 16-bit)."""
+    if not inputs:
+        return "none"
+    if not isinstance(inputs, dict):
+        raise ValueError(f"input_activations {inputs!r}, must be an object or null")
+    kind, bits = inputs.get("type", "int"), inputs.get("num_bits", 8)
+    if kind == "float" and bits == 8:
+        return "none"
+    by = inputs.get("strategy") or "tensor"
+    whole = by in ("tensor", "token") and weights.get("type", "int") == "int"
+    if kind == "int" and bits == 8 and whole:
+        return "int8"
+    raise ValueError(
+        f"input_activations of {bits!r} bits, {kind!r} by {by!r}; read are 8 bits, float, or int "
+        "by token or tensor beside int weights"
+    )
 
 
 def _find(checkpoint: Checkpoint, groups: list[_Group], module: str) -> _Group:
     """The group of a layer: by its name, by a pattern, by its class, in this order."""
-    for fits in (_by_name, _by_pattern, _by_class):
+    for fits in (_by_name, _by_pattern, _is_linear, _by_class):
         for group in groups:
             if any(fits(target, module) for target in group.targets):
                 return group
@@ -152,8 +184,13 @@ def _by_pattern(target: str, module: str) -> bool:
     return target.startswith("re:") and re.match(target[3:], module) is not None
 
 
+def _is_linear(target: str, module: str) -> bool:
+    return target in ("Linear", "LinearBase")
+
+
 def _by_class(target: str, module: str) -> bool:
-    return "." not in target and ":" not in target  # the class is not known here: Linear, mostly
+    """The class is not known here; what is written as one may be a subclass of Linear."""
+    return target.isidentifier() and target[0].isupper()
 
 
 # ---- tensors ---------------------------------------------------------------------------------
@@ -180,10 +217,12 @@ def _packed(checkpoint: Checkpoint, module: str, group: _Group) -> LogicalTensor
     require(checkpoint, f"{module}.weight_shape", dtypes=("I64", "I32"), shape=(2,), why=why)
     outputs, inputs = (int(s) for s in checkpoint.read(f"{module}.weight_shape").tolist())
     words = (outputs, -(-inputs * group.bits // 32))
+    if outputs < 1 or inputs < 1:
+        raise refuse(checkpoint, f"{module}.weight_shape says {[outputs, inputs]}")
     require(checkpoint, f"{module}.weight_packed", dtypes=("I32",), shape=words, why=why)
     packs_zeros = group.strategy in ("group", "channel")
     scales = _scales(checkpoint, module, group, (outputs, inputs), packs_zeros)
-    half, order = 1 << (group.bits - 1), _order(checkpoint, module, inputs)
+    half, order = 1 << (group.bits - 1), _order(checkpoint, module, group, inputs)
 
     def build(packed: torch.Tensor, scale: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
         codes = unpack_words(packed, group.bits, half)[:, :inputs]
@@ -198,13 +237,17 @@ def _packed(checkpoint: Checkpoint, module: str, group: _Group) -> LogicalTensor
     return _logical(f"{module}.weight", (outputs, inputs), sources, build)
 
 
-def _order(checkpoint: Checkpoint, module: str, inputs: int) -> tuple[str, ...]:
+def _order(checkpoint: Checkpoint, module: str, group: _Group, inputs: int) -> tuple[str, ...]:
     """The tensor that says to which group each input belongs, if they are out of order."""
     name = f"{module}.weight_g_idx"
     if name not in checkpoint.tensors:
         return ()
     require(checkpoint, name, dtypes=("I32", "I64"), shape=(inputs,))
-    return () if bool((checkpoint.read(name) < 0).all()) else (name,)  # -1: never filled in
+    if bool((checkpoint.read(name) < 0).all()):
+        return ()  # -1: never filled in
+    size = group.group_size if group.strategy == "group" else inputs
+    require_groups(checkpoint, name, size, -(-inputs // size))
+    return (name,)
 
 
 def _scales(
@@ -224,15 +267,26 @@ def _scales(
     short = ((wanted[0],), ()) if wanted[0] == 1 else ((wanted[0],),)
     if scale.shape != wanted and not (flat and scale.shape in short):
         require(checkpoint, scale.name, dtypes=FLOATS, shape=wanted, why=why)
-    if group.symmetric:
-        return (scale.name,)
     name = f"{module}.weight_zero_point"
+    if group.symmetric:
+        _require_no_zeros(checkpoint, name, why)
+        return (scale.name,)
     if packs_zeros:
         words = (-(-outputs * group.bits // 32), wanted[1])
         require(checkpoint, name, dtypes=("I32",), shape=words, why=why)
     else:
         require(checkpoint, name, dtypes=("I8",), shape=scale.shape, why=why)
     return (scale.name, name)
+
+
+def _require_no_zeros(checkpoint: Checkpoint, name: str, why: str) -> None:
+    """Symmetric codes may have zero points in the file if all are 0, which says the same."""
+    if name in checkpoint.tensors and bool(checkpoint.read(name).any()):
+        raise refuse(
+            checkpoint,
+            f"{why} says symmetric: true, but {name!r} holds zero points; correct the setting to "
+            "symmetric: false or download the checkpoint again",
+        )
 
 
 def _dequantize(

@@ -41,6 +41,8 @@ def read(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, Logical
     if config.get("fmt", "e4m3") not in ("e4m3", "float8_e4m3fn"):
         raise refuse(checkpoint, f"fp8 of format {config['fmt']!r}; e4m3 is read")
     size = config.get("weight_block_size")
+    if size is not None and not _is_block(size):
+        raise refuse(checkpoint, f"weight_block_size={size!r}; must be two counts, e.g. [128, 128]")
     names = [n for n, info in checkpoint.tensors.items() if info.dtype == "F8_E4M3"]
     return {name: _weight(checkpoint, name, size) for name in names}
 
@@ -74,6 +76,14 @@ def _weight(checkpoint: Checkpoint, name: str, size: Any) -> LogicalTensor:
 
 def _block(shape: tuple[int, ...], size: Any) -> tuple[int, int]:
     return (1, 0) if size is None else (int(size[0]), int(size[1]))
+
+
+def _is_block(size: Any) -> bool:
+    return (
+        isinstance(size, list)
+        and len(size) == 2
+        and all(type(count) is int and count > 0 for count in size)
+    )
 
 
 def _scale_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:

@@ -8,7 +8,8 @@ Per linear layer of N outputs and K inputs, b bits a code (2, 4 or 8), groups of
     g_idx    int32 [K]               group of each input; out of order with ``desc_act``
 
 The version is ``checkpoint_format`` (``gptq`` or ``gptq_v2``). Bits and group size are taken from
-the shapes, so that ``dynamic`` overrides of single layers need no reading. Source: the packing code
+the shapes, so that ``dynamic`` overrides of single layers need no reading; without any, they must
+be those of the settings. Source: the packing code
 of GPTQModel, https://github.com/ModelCloud/GPTQModel. 3-bit codes straddle words and are not read.
 """
 
@@ -20,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fxlm.compiler import ops
-from fxlm.models.formats import LogicalTensor, refuse, require
-from fxlm.models.formats.bits import in_order, unordered, unpack_words
+from fxlm.models.formats import LogicalTensor, matrix, num_groups, refuse, require
+from fxlm.models.formats.bits import in_order, require_groups, unordered, unpack_words
 
 if TYPE_CHECKING:
     from fxlm.models.checkpoint import Checkpoint
@@ -51,17 +52,20 @@ def read(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, Logical
 def _linear(
     checkpoint: Checkpoint, config: Mapping[str, Any], module: str, less: bool
 ) -> LogicalTensor:
-    words, outputs = require(checkpoint, f"{module}.qweight", dtypes=("I32",)).shape
-    scales = require(checkpoint, f"{module}.scales", dtypes=FLOATS)
+    words, outputs = matrix(checkpoint, f"{module}.qweight", dtypes=("I32",))
+    groups = matrix(checkpoint, f"{module}.scales", dtypes=FLOATS)[0]
     inputs, index = _inputs(checkpoint, config, module, words)
     bits = words * 32 // max(inputs, 1)
     if bits not in BITS or bits * inputs != words * 32:
         raise refuse(checkpoint, f"{module} has {bits}-bit codes; read are {BITS}")
-    require(checkpoint, scales.name, dtypes=FLOATS, shape=(scales.shape[0], outputs))
-    zeros = (scales.shape[0], outputs * bits // 32)
+    _agree(checkpoint, config, module, bits, (inputs, groups))
+    require(checkpoint, f"{module}.scales", dtypes=FLOATS, shape=(groups, outputs))
+    zeros = (groups, outputs * bits // 32)
     require(checkpoint, f"{module}.qzeros", dtypes=("I32",), shape=zeros)
-    group, half = -(-inputs // scales.shape[0]), 1 << (bits - 1)
+    group, half = -(-inputs // groups), 1 << (bits - 1)
     order = index and not in_order(checkpoint.read(index), group)
+    if order:
+        require_groups(checkpoint, index, group, groups)
 
     def build(
         qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, *g_idx: torch.Tensor
@@ -83,6 +87,31 @@ def _linear(
         name=f"{module}.weight", dtype=torch.float32, shape=(outputs, inputs),
         sources=(*names, index) if order else names, build=build,
     )  # fmt: skip
+
+
+def _agree(
+    checkpoint: Checkpoint,
+    config: Mapping[str, Any],
+    module: str,
+    bits: int,
+    sizes: tuple[int, int],
+) -> None:
+    """Settings of all layers must be those of the tensors, unless single layers have their own."""
+    if config.get("dynamic"):
+        return
+    if config.get("bits", bits) != bits:
+        raise refuse(
+            checkpoint,
+            f"{module} has {bits}-bit codes, but its quantization says bits={config['bits']!r}",
+        )
+    inputs, groups = sizes
+    size = config.get("group_size")
+    if size is not None and groups != num_groups(checkpoint, inputs, size):
+        raise refuse(
+            checkpoint,
+            f"{module}.scales has {groups} groups of {inputs} inputs, but its quantization says "
+            f"group_size={size!r}",
+        )
 
 
 def _inputs(

@@ -82,11 +82,15 @@ def write_compressed(
         scale_dtype: of the scales in the file.
 
     Raises:
-        InvalidOption: the directory holds something.
+        InvalidOption: the directory holds something, or cannot be made.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InvalidOption("--output", str(output), "it exists and is not empty; name a new one")
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = f"it cannot be made ({error.strerror}); name a directory that you may write"
+        raise InvalidOption("--output", str(output), reason) from error
     total = _write_shards(output, _tensors(checkpoint, schemes, scale_dtype))
     _copy_texts(checkpoint.path, output)
     config = {**checkpoint.config, "quantization_config": settings(schemes, ignored)}

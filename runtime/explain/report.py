@@ -79,8 +79,13 @@ def explain(
         tell: called with a line as the work goes on.
 
     Returns:
-        JSON-able values; ``docs/explain.md`` names them.
+        JSON-able values; ``docs/explain.md`` names them. Of one rank's part there are no errors
+        and no times: its steps need the other ranks.
     """
+    if options.ranks * options.stages > 1:
+        part = f"rank {options.rank} of {options.ranks}, stage {options.stage} of {options.stages}"
+        tell(f"the part of {part}; errors and times are left out: they need all the ranks")
+        choices = replace(choices, numbers=False, times="none")
     with ExitStack() as stack:
         total = num_layers(checkpoint.config)
         count = choices.layers or _affordable(checkpoint, choices)

@@ -147,3 +147,32 @@ def test_persistent_buffers_on_disk_become_weights(tmp_path: Path) -> None:
     assert name in binding.targets
     assert name in dict(model.named_parameters())
     assert name not in dict(model.named_buffers())
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_codes_without_a_quantization_config_are_refused(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    path = make_checkpoint("llama", tmp_path)
+    rewrite(path, lambda values: values.update({UP: values[UP].to(dtype)}))
+    with pytest.raises(InvalidModel, match=r"up_proj\.weight.* has no quantization_config"):
+        bound(path)
+
+
+def test_codes_that_the_format_does_not_cover_are_refused(tmp_path: Path) -> None:
+    path = make_checkpoint("llama", tmp_path, quantization_config={"quant_method": "fp8"})
+    rewrite(path, lambda values: values.update({UP: values[UP].to(torch.float8_e5m2)}))
+    with pytest.raises(InvalidModel, match=r"is float8_e5m2.*\(fp8\) does not cover"):
+        bound(path)
+
+
+@pytest.mark.parametrize("beside", ["weight_scale", "weight_scale_inv", "qzeros", "weight.absmax"])
+def test_scales_beside_a_plain_weight_are_refused(beside: str, tmp_path: Path) -> None:
+    path = make_checkpoint("llama", tmp_path)
+    scale = UP.replace("weight", beside)
+    rewrite(path, lambda values: values.update({scale: torch.ones(3)}))
+    with pytest.raises(InvalidModel, match=rf"up_proj\.weight' .* is F32.*up_proj\.{beside}'"):
+        bound(path)

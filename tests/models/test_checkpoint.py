@@ -82,6 +82,16 @@ def test_digest_is_of_shapes_and_config(folder: Path) -> None:
     assert open_checkpoint(folder).digest() != checkpoint.digest()
 
 
+@pytest.mark.parametrize(
+    "name", ["m.g_idx", "m.weight_shape", "m.weight.quant_state.bitsandbytes__nf4"]
+)
+def test_digest_is_of_values_that_decide_how_weights_are_unpacked(name: str, folder: Path) -> None:
+    save_file(tensors() | {name: torch.tensor([0, 1])}, folder / SINGLE)
+    before = open_checkpoint(folder).digest()
+    save_file(tensors() | {name: torch.tensor([1, 0])}, folder / SINGLE)
+    assert open_checkpoint(folder).digest() != before
+
+
 def refused(folder: Path | str, *words: str, **options: bool) -> None:
     with pytest.raises(InvalidModel) as error:
         open_checkpoint(folder, **options)  # type: ignore[arg-type]

@@ -36,6 +36,12 @@ def made(path: Path, family: str = "llama", kind: str = "F32") -> Path:
     return write_gguf(source, path / "m.gguf", kind)
 
 
+def header_of(path: Path, name: bytes) -> tuple[bytearray, int]:
+    """The file, and where the type of a matrix stands, before its offset."""
+    data = bytearray(path.read_bytes())
+    return data, data.index(name) + len(name) + 4 + 2 * 8
+
+
 def parameters(path: Path) -> dict[str, torch.Tensor]:
     checkpoint = open_checkpoint(path)
     binding = bind(checkpoint, build_model(checkpoint, torch.float32))
@@ -157,16 +163,33 @@ def test_two_files_must_be_told_apart(tmp_path: Path) -> None:
 
 
 def test_types_of_equal_width_have_different_digests(tmp_path: Path) -> None:
-    path = made(tmp_path, "llama", "Q4_0")
-    data = bytearray(path.read_bytes())
+    path = made(tmp_path, "llama", "F16")
     before = open_checkpoint(path).digest()
-    file = GgufFile(path)
-    assert file.tensors["blk.0.attn_q.weight"].dtype == "Q4_0"
-    place = data.index(b"blk.0.attn_q.weight") + len("blk.0.attn_q.weight") + 4 + 2 * 8
-    assert struct.unpack_from("<I", data, place) == (2,)
-    struct.pack_into("<I", data, place, 6)  # Q5_0: wider, and the file is long enough
+    data, place = header_of(path, b"blk.0.attn_q.weight")
+    assert struct.unpack_from("<I", data, place) == (1,)
+    struct.pack_into("<I", data, place, 30)  # BF16
     path.write_bytes(data)
     assert open_checkpoint(path).digest() != before
+
+
+@pytest.mark.parametrize("kind", [3, 6])  # Q4_1, Q5_0: wider
+def test_a_type_that_does_not_fill_its_place_is_refused(kind: int, tmp_path: Path) -> None:
+    path = made(tmp_path, "llama", "Q4_0")
+    data, place = header_of(path, b"blk.0.attn_q.weight")
+    struct.pack_into("<I", data, place, kind)
+    path.write_bytes(data)
+    with pytest.raises(InvalidModel, match=r"begins at byte .*'blk.0.attn_q.weight' \(Q._.\) ends"):
+        open_checkpoint(path)
+
+
+def test_a_tensor_within_another_is_refused(tmp_path: Path) -> None:
+    path = made(tmp_path)
+    data, place = header_of(path, b"blk.0.attn_q.weight")
+    (offset,) = struct.unpack_from("<Q", data, place + 4)
+    struct.pack_into("<Q", data, place + 4, offset - 32)
+    path.write_bytes(data)
+    with pytest.raises(InvalidModel, match="an offset in the header is wrong"):
+        open_checkpoint(path)
 
 
 @pytest.mark.parametrize("keep", [3, 20, 200, 5000, -7])

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from fxlm.compiler.errors import InvalidOption
@@ -85,4 +86,12 @@ def test_wrong_files_are_named(tmp_path: Path) -> None:
     path = tmp_path / "odd.json"
     path.write_text(json.dumps({"name": "odd"}))
     with pytest.raises(InvalidOption, match="about"):
+        read_hardware(str(path))
+
+
+@pytest.mark.parametrize("field", ["devices", "memory_bytes", "read_bytes_per_s"])
+def test_numbers_that_nothing_can_be_divided_by_are_named(field: str, tmp_path: Path) -> None:
+    path = tmp_path / "odd.json"
+    path.write_text(json.dumps({**msgspec.to_builtins(FOUR), field: 0}))
+    with pytest.raises(InvalidOption, match=f"{field} is 0"):
         read_hardware(str(path))

@@ -180,3 +180,9 @@ def test_the_plan_says_how_weights_are_quantized(dense: Path, tmp_path: Path) ->
     assert both == ("compressed-tensors + int8,head=int8", "9 weights are read as they are")
     moe = make_checkpoint("mixtral", tmp_path / "moe")
     assert said(moe, "int8") == ("int8", "4 weights are read as they are")
+
+
+def test_an_output_that_cannot_be_made_is_named(dense: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InvalidOption, match=r"--output='.*file/y'.* it cannot be made"):
+        quantize_checkpoint(str(dense), "int8", tmp_path / "file" / "y")

@@ -1,6 +1,8 @@
 """Drafts over the fake model: the same tokens in fewer steps, whatever else goes on."""
 
+import itertools
 import logging
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -181,10 +183,15 @@ class Broken(Drafter):
             return [[1] for _ in sequences]
         if self.how == "raise":
             raise KeyError("mine")
-        return {"few": [], "outside": [[999]], "text": [["x"]], "none": [None]}[self.how]  # type: ignore[return-value]
+        if self.how == "exit":
+            sys.exit(3)
+        return {"few": [], "outside": [[999]], "text": [["x"]], "none": [None], "digit": [["3"]],
+                "float": [[3.5]]}[self.how]  # type: ignore[return-value]  # fmt: skip
 
 
-@pytest.mark.parametrize("how", ["raise", "few", "outside", "text", "none"])
+@pytest.mark.parametrize(
+    "how", ["raise", "exit", "few", "outside", "text", "none", "digit", "float"]
+)
 def test_a_bad_drafter_is_switched_off_and_requests_go_on(
     how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -196,3 +203,17 @@ def test_a_bad_drafter_is_switched_off_and_requests_go_on(
     assert tokens(news["a", 0]) == expect(request("a", 5))
     assert drafter.calls == 2
     assert "Broken failed; nothing is drafted any more" in caplog.text
+
+
+class Endless(Drafter):
+    """Goes on drafting for ever."""
+
+    def propose(self, sequences: list[Sequence], limits: list[int]) -> list[list[int]]:
+        return [itertools.repeat(1) for _ in sequences]  # type: ignore[misc]
+
+
+def test_of_an_endless_draft_only_what_was_asked_for_is_taken() -> None:
+    drafter = Endless()
+    engine = speculating(FakeWorker(spec(max_drafts=3)), drafter, EngineConfig(check=True))
+    engine.add_request(request("a", 5))
+    assert tokens(drain(engine)["a", 0]) == expect(request("a", 5))

@@ -33,7 +33,9 @@ def test_what_is_left_out_is_resolved() -> None:
     ("given", "message"),
     [
         ({"methd": "ngram"}, r"speculative_config\.methd='ngram'.* did you mean 'method'"),
-        ({"method": "ngrams"}, r"method='ngrams'.*Invalid enum value"),
+        ({"method": "ngrams"}, r"method='ngrams'.*did you mean 'ngram'"),
+        ({"method": "magic"}, r"method='magic'.*use ngram, suffix, draft_model, custom_class"),
+        ({"method": "ngram", "prompt_lookup_max": 0}, r"prompt_lookup_max=0.*at least 1"),
         ({}, "give ngram, suffix, draft_model or custom_class"),
         ({"method": "draft_model"}, "method draft_model needs one"),
         ({"method": "custom_class"}, "method custom_class needs one"),

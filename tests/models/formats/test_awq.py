@@ -41,3 +41,19 @@ def test_scales_of_another_shape_are_refused(tmp_path: Path) -> None:
     tensors["m.scales"] = tensors["m.scales"][:, :32].contiguous()
     with pytest.raises(InvalidModel, match=r"'m.scales'.* shape \[4, 32\], must be \[4, 64\]"):
         read(write(tmp_path, tensors, **SETTINGS), "m.weight")
+
+
+def test_missing_zero_points_are_refused_where_the_settings_have_them(tmp_path: Path) -> None:
+    tensors, _ = golden("awq.safetensors", "g32")
+    del tensors["m.qzeros"]
+    with pytest.raises(InvalidModel, match=r"lacks tensor 'm.qzeros' \(zero_point: true\)"):
+        read(write(tmp_path, tensors, **SETTINGS, zero_point=True), "m.weight")
+
+
+@pytest.mark.parametrize(("case", "size"), [("g32", 128), ("g32", -1), ("g128", 32)])
+def test_another_group_size_than_that_of_the_tensors_is_refused(
+    case: str, size: int, tmp_path: Path
+) -> None:
+    tensors, _ = golden("awq.safetensors", case)
+    with pytest.raises(InvalidModel, match=rf"'m.scales'.* must be .*group_size {size}, "):
+        read(write(tmp_path, tensors, **SETTINGS, group_size=size), "m.weight")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,18 @@ def test_a_state_that_is_no_json_is_refused(tmp_path: Path) -> None:
     tensors, _ = packed((48, 128), "nf4", False)
     name = next(n for n in tensors if "quant_state" in n)
     tensors[name] = torch.zeros(5, dtype=torch.uint8)
+    with pytest.raises(InvalidModel, match="is no quantization state"):
+        read(write(tmp_path, tensors, **SETTINGS), "m.weight")
+
+
+@pytest.mark.parametrize(
+    "changed", [{"blocksize": 0}, {"blocksize": -64}, {"nested_offset": float("nan")}]
+)
+def test_a_state_of_impossible_numbers_is_refused(changed: dict[str, Any], tmp_path: Path) -> None:
+    tensors, _ = packed((48, 128), "nf4", True)
+    name = next(n for n in tensors if "quant_state" in n)
+    state = json.loads(bytes(tensors[name].tolist())) | changed
+    tensors[name] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
     with pytest.raises(InvalidModel, match="is no quantization state"):
         read(write(tmp_path, tensors, **SETTINGS), "m.weight")
 

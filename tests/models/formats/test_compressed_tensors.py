@@ -151,6 +151,25 @@ def test_a_group_is_found_by_name_before_pattern_before_class(tmp_path: Path) ->
         ours(tmp_path)
 
 
+def test_the_name_of_another_module_is_no_class(tmp_path: Path) -> None:
+    write(tmp_path, "int8")
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    groups = config["quantization_config"]["config_groups"]
+    right = groups.pop("group_0")
+    wrong = {**right, "weights": {**right["weights"], "strategy": "group", "group_size": 16}}
+    groups |= {"head": {**wrong, "targets": ["lm_head", "Embedding"]}, "others": right}
+    path.write_text(json.dumps(config))
+    assert ours(tmp_path)
+
+
+def test_zero_points_of_zero_are_symmetric(written: Path, tmp_path: Path) -> None:
+    def add(raw: dict[str, torch.Tensor], _: Any) -> None:
+        raw[f"{LAYER}.weight_zero_point"] = torch.zeros(96, 1, dtype=torch.int8)
+
+    assert ours(edited(written, tmp_path, add))
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("int8")
@@ -192,6 +211,27 @@ WRONGS: dict[str, tuple[Any, str]] = {
     "strategy": (
         lambda _, c: c["config_groups"]["group_0"]["weights"].update(strategy="attn_head"),
         "by 'attn_head'",
+    ),
+    "zero points of symmetric weights": (
+        lambda raw, _: raw.update({f"{LAYER}.weight_zero_point": torch.ones(96, 1).to(torch.int8)}),
+        "says symmetric: true, but .*up_proj.weight_zero_point",
+    ),
+    "inputs of 4 bits": (
+        lambda _, c: c["config_groups"]["group_0"]["input_activations"].update(num_bits=4),
+        "'group_0': input_activations of 4 bits, 'int'",
+    ),
+    "inputs in groups": (
+        lambda _, c: c["config_groups"]["group_0"]["input_activations"].update(strategy="group"),
+        "input_activations of 8 bits, 'int' by 'group'",
+    ),
+    "bits in words": (
+        lambda _, c: c["config_groups"]["group_0"]["weights"].update(num_bits="eight"),
+        "'group_0': .*'eight'",
+    ),
+    "groups in a list": (lambda _, c: c.update(config_groups=[1]), r"config_groups is \[1\]"),
+    "a pattern that is none": (
+        lambda _, c: c["config_groups"]["group_0"].update(targets=["re:("]),
+        r"target 're:\(' is no regular expression",
     ),
 }  # fmt: skip
 

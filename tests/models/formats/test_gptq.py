@@ -63,3 +63,35 @@ def test_an_unknown_version_is_refused(tmp_path: Path) -> None:
     changed = {**settings("v1_4"), "checkpoint_format": "marlin"}
     with pytest.raises(InvalidModel, match="checkpoint_format 'marlin'"):
         read(write(tmp_path, tensors, **changed), "m.weight")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"bits": 8}, "m has 4-bit codes, but its quantization says bits=8"),
+        ({"group_size": 16}, "m.scales has .* groups of .* group_size=16"),
+        ({"group_size": 0}, "group_size=0"),
+    ],
+)
+def test_settings_that_contradict_the_tensors_are_refused(
+    changed: dict[str, int], message: str, tmp_path: Path
+) -> None:
+    tensors, _ = golden("gptq.safetensors", "v1_4")
+    path = write(tmp_path, tensors, **{**settings("v1_4"), **changed})
+    with pytest.raises(InvalidModel, match=message):
+        read(path, "m.weight")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"), [(1000, "has groups 0 to 1000, but there are"), (1, "puts .* inputs")]
+)
+def test_groups_that_do_not_exist_or_differ_in_size_are_refused(
+    value: int, message: str, tmp_path: Path
+) -> None:
+    tensors, _ = golden("gptq.safetensors", "v1_4_desc_act")
+    groups = tensors["m.g_idx"].clone()
+    groups[(groups == 0).nonzero()[0]] = value
+    with pytest.raises(InvalidModel, match=rf"'m.g_idx' .*{message}"):
+        read(
+            write(tmp_path, tensors | {"m.g_idx": groups}, **settings("v1_4_desc_act")), "m.weight"
+        )

@@ -1,0 +1,41 @@
+"""The report of models and ranks whose steps are not run, or whose sizes have sympy's names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fxlm.compiler.options import CompileOptions
+from fxlm.models.checkpoint import open_checkpoint
+from fxlm.models.tiny import write_checkpoint
+from fxlm.runtime.explain.page import render
+from fxlm.runtime.explain.report import Choices, explain
+from fxlm.runtime.explain.text import lines
+
+
+@pytest.mark.parametrize(("family", "kind"), [("llama", "tp"), ("mixtral", "tp"), ("llama", "pp")])
+def test_a_rank_shows_its_structure_without_errors(family: str, kind: str, tmp_path: Path) -> None:
+    ways = {"ranks": 2} if kind == "tp" else {"stages": 2}
+    said: list[str] = []
+    report = explain(
+        open_checkpoint(write_checkpoint(family, tmp_path)),
+        CompileOptions(dtype="float32", **ways),  # type: ignore[arg-type]
+        Choices(limits=False), tell=said.append,
+    )  # fmt: skip
+    name = "shard" if kind == "tp" else "cut_stages"
+    assert "errors and times are left out" in said[0]
+    entry = next(entry for entry in report["passes"] if entry["name"] == name)
+    assert entry["rewrites"]
+    assert "errors" not in entry
+    report["machine"] |= {"read_gbs": 40.0, "matmul_tflops": 0.5}
+    assert any(name in line for line in lines(report))
+    assert any(line.startswith("calls ") for line in lines(report, [name]))
+    assert name in render(report)
+
+
+def test_experts_whose_sizes_are_sums_of_a_step_are_shown(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(write_checkpoint("mixtral", tmp_path))
+    choices = Choices(numbers=False, times="none", limits=False)
+    report = explain(checkpoint, CompileOptions(dtype="float32"), choices)
+    assert report["passes"][-1]["layer"]
