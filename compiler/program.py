@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -85,9 +85,17 @@ class CacheSpec:
         return dim + scale_columns(self.dtype)
 
 
+# Of a tensor in the checkpoint: name, type, shape.
+Raw = tuple[str, torch.dtype, tuple[int, ...]]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Facts:
-    """What passes may know of the model; filled from its config, never from its name."""
+    """What passes may know of the model; filled from its config, never from its name.
+
+    ``kv_scales`` has, by layer, the tensors of the checkpoint that hold the scale to store keys
+    with, and that of values.
+    """
 
     model_type: str
     vocab_size: int
@@ -97,6 +105,7 @@ class Facts:
     device: torch.device
     block_size: int = 16
     max_logprobs: int = 20
+    kv_scales: Mapping[int, tuple[Raw, Raw]] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)

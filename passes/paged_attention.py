@@ -20,15 +20,11 @@ from torch import fx
 from fxlm.compiler.errors import InvalidOption
 from fxlm.compiler.ops.kv_cache import is_coded
 from fxlm.compiler.pipeline import graph_pass
-from fxlm.compiler.program import CacheSpec, Input, Program
+from fxlm.compiler.program import CacheSpec, Input, Program, Raw
 
 
 def _attention_nodes(program: Program) -> int:
     return len(program.find(torch.ops.fxlm.attention.default))
-
-
-# Of a tensor in the checkpoint: name, type, shape.
-Raw = tuple[str, torch.dtype, tuple[int, ...]]
 
 
 @graph_pass(stage="paged", expects=_attention_nodes)
@@ -44,7 +40,8 @@ def paged_attention(
         cache_dtype: element type of the cache; that of k if not given. A type of codes
             (`fxlm.compiler.ops.kv_cache`) has a scale for each token and head.
         scales: by layer, the tensors of the checkpoint that hold the scale to store k with, and
-            that of v (one value, or one a KV head). Layers left out take scales of their own.
+            that of v (one value, or one a KV head); those of the program's facts if not given.
+            Layers left out take scales of their own.
 
     Raises:
         InvalidOption: a head size that codes cannot be packed for.
@@ -56,10 +53,11 @@ def paged_attention(
         program.step_input("block_table", ["S", "B"], torch.int32),
     ]
     nodes = program.find(torch.ops.fxlm.attention.default)
+    scales = program.facts.kv_scales if scales is None else scales
     for index, node in enumerate(nodes):
         caches = _add_caches(program, node, index, cache_dtype)
         layer: Any = node.args[3]
-        fixed = [_scale(program, node, raw) for raw in (scales or {}).get(layer, ())]
+        fixed = [_scale(program, node, raw) for raw in scales.get(layer, ())]
         _replace(program, node, caches, metadata, fixed or [None, None])
     return len(nodes)
 

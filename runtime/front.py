@@ -21,7 +21,7 @@ from fxlm.compiler.ops import cpu_implementation
 from fxlm.compiler.ops.build import REFERENCE, cpu_flags
 from fxlm.compiler.options import CompileOptions, resolve_cache_dtype, resolve_dtype
 from fxlm.compiler.pipeline import GraphPass, disable, order
-from fxlm.compiler.program import Facts, Program
+from fxlm.compiler.program import Facts, Program, Raw
 from fxlm.models.checkpoint import Checkpoint
 from fxlm.passes.column import REQUIRED, default_column
 
@@ -71,17 +71,14 @@ def front(
     options, dtype = resolved(checkpoint, options)
     with stage("build"):
         model = build_model(checkpoint, dtype, trust_remote_code=options.trust_remote_code)
-        facts = _facts(model, options, dtype)
+        facts = _facts(checkpoint, model, options, dtype)
         fix_lengths(model, options.max_model_len or facts.max_position_embeddings)
         binding = bind(checkpoint, model)
     built()
     with stage("capture"):
         program = capture(model, facts)
     raw = {n: _raw_type(checkpoint, n) for n in binding.names}
-    settings: dict[str, Any] = {"bind_checkpoint": {"convert": binding.convert, "raw": raw}}
-    if scales := _kv_scales(checkpoint, options, model):
-        settings["paged_attention"] = {"scales": scales}
-    column = column_of(options, **settings)
+    column = column_of(options, bind_checkpoint={"convert": binding.convert, "raw": raw})
     return Front(program=program, column=column, binding=binding)
 
 
@@ -93,7 +90,9 @@ def resolved(checkpoint: Checkpoint, options: CompileOptions) -> tuple[CompileOp
     return replace(options, pack_weights=packs), dtype
 
 
-def _facts(model: Any, options: CompileOptions, dtype: torch.dtype) -> Facts:
+def _facts(
+    checkpoint: Checkpoint, model: Any, options: CompileOptions, dtype: torch.dtype
+) -> Facts:
     from fxlm.models.facts import facts
 
     found = facts(model.config)
@@ -105,21 +104,22 @@ def _facts(model: Any, options: CompileOptions, dtype: torch.dtype) -> Facts:
         dtype=dtype,
         device=torch.device(options.device),
         block_size=options.block_size,
+        kv_scales=_kv_scales(checkpoint, options, found.num_kv_heads),
     )
 
 
-def _kv_scales(checkpoint: Checkpoint, options: CompileOptions, model: Any) -> dict[int, Any]:
+def _kv_scales(
+    checkpoint: Checkpoint, options: CompileOptions, num_heads: int
+) -> dict[int, tuple[Raw, Raw]]:
     """By layer, the tensors that hold the scales of the KV cache; see `models.kv_scales`."""
-    from fxlm.models.facts import facts
     from fxlm.models.kv_scales import kv_scales
 
-    heads = facts(model.config).num_kv_heads
-    found = kv_scales(checkpoint, resolve_cache_dtype(options.kv_cache_dtype), heads)
-    made = {
-        layer: tuple((name, *_raw_type(checkpoint, name)) for name in names)
-        for layer, names in found.items()
-    }
-    for name, _, shape in (raw for pair in made.values() for raw in pair):
+    def raw(name: str) -> Raw:
+        return name, *_raw_type(checkpoint, name)
+
+    found = kv_scales(checkpoint, resolve_cache_dtype(options.kv_cache_dtype), num_heads)
+    made = {layer: (raw(k), raw(v)) for layer, (k, v) in found.items()}
+    for name, _, shape in (each for pair in made.values() for each in pair):
         if options.ranks > 1 and math.prod(shape) > 1:
             raise InvalidOption(
                 "kv_cache_dtype", options.kv_cache_dtype,

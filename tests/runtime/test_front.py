@@ -12,6 +12,7 @@ from fxlm.compiler import pipeline
 from fxlm.compiler.errors import InvalidOption
 from fxlm.compiler.options import CompileOptions
 from fxlm.models.checkpoint import open_checkpoint
+from fxlm.runtime.compile import compile_model
 from fxlm.runtime.front import front
 from tests.checkpoints import make_checkpoint
 
@@ -37,6 +38,14 @@ def test_kv_scales_of_the_checkpoint_are_used_for_their_codes(
     assert first.args[-2:] == (None, None)
     given = [node is not None for node in second.args[-2:]]
     assert given == [kv_cache_dtype == "fp8"] * 2
+
+
+def test_every_rank_has_the_scales(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(with_kv_scales(tmp_path / "m", ()))
+    for rank in (0, 1):
+        options = CompileOptions(kv_cache_dtype="fp8", eager=True, ranks=2, rank=rank)
+        made = compile_model(checkpoint, options, cache_dir=tmp_path / "cache")
+        assert "layers.1.self_attn.k_scale" in (made.artifact.path / "load.json").read_text()
 
 
 def test_a_scale_a_head_is_refused_where_ranks_divide_heads(tmp_path: Path) -> None:
