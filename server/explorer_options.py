@@ -1,6 +1,7 @@
 """Flags of `fxlm explain`, `bisect` and `diff`. Not here: what they do (`fxlm.runtime.explain`)."""
 
 import argparse
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,26 @@ def add_explain_options(parser: argparse.ArgumentParser) -> None:
         help="look at the first N layers only (default: all, or 2 where memory is short)",
     )  # fmt: skip
     group.add_argument(
+        "--shape", type=shape, action="append", metavar="SEQSxNEW@CONTEXT", dest="shapes",
+        help="cost and time a step of SEQS sequences with NEW tokens each, which then are CONTEXT"
+        " tokens long; may be repeated (default: 1x1@128, 8x1@128 and 1x128@128)",
+    )  # fmt: skip
+    group.add_argument(
         "--time", action="store_true",
         help="compile the step with and without each pass, and time it (minutes)",
     )  # fmt: skip
+
+
+def shape(text: str) -> tuple[int, int, int]:
+    """Sequences, new tokens of each, and context of a step: ``SEQSxNEW@CONTEXT``."""
+    match = re.fullmatch(r"(\d+)x(\d+)@(\d+)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no shape; write SEQSxNEW@CONTEXT: 32x1@1024")
+    seqs, new, context = map(int, match.groups())
+    if not seqs >= 1 or not 1 <= new <= context:
+        reason = "a step has sequences, and new tokens that are part of the context"
+        raise argparse.ArgumentTypeError(f"{text!r}: {reason}")
+    return seqs, new, context
 
 
 def add_verify_options(parser: argparse.ArgumentParser) -> Any:

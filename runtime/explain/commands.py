@@ -8,6 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from fxlm.compiler.cost import Shape
 from fxlm.compiler.errors import InvalidOption
 from fxlm.runtime.explain import text
 from fxlm.runtime.launch import engine_options
@@ -19,7 +20,7 @@ def explain_command(args: argparse.Namespace) -> int:
     from fxlm.compiler.cache import cache_directory
     from fxlm.models.checkpoint import open_checkpoint
     from fxlm.runtime.explain.page import render
-    from fxlm.runtime.explain.report import Choices, explain
+    from fxlm.runtime.explain.report import SHAPES, Choices, explain
     from fxlm.runtime.options import compile_options
 
     _require_file("--html", args.html)
@@ -28,7 +29,10 @@ def explain_command(args: argparse.Namespace) -> int:
     args.passes = [item for item in args.passes if ":" in item]
     options = _options(args)
     checkpoint = open_checkpoint(options.model, options.revision, options.trust_remote_code)
-    choices = Choices(layers=args.layers, times="compiled" if args.time else "interpreted")
+    choices = Choices(
+        layers=args.layers, times="compiled" if args.time else "interpreted",
+        shapes=tuple(map(_shape, args.shapes)) if args.shapes else SHAPES,
+    )  # fmt: skip
     report = explain(
         checkpoint, compile_options(options), choices,
         cache_dir=cache_directory(options.cache_dir), wanted=wanted, tell=_say,
@@ -103,6 +107,14 @@ def diff_command(args: argparse.Namespace) -> int:
     verdict = "within" if worst <= args.tolerance else "ABOVE"
     print(f"largest error {worst:.2e} nats, {verdict} the tolerance of {args.tolerance:g}")
     return 0 if worst <= args.tolerance else 1
+
+
+def _shape(values: tuple[int, int, int]) -> Shape:
+    """A step as ``--shape`` names it: sequences, new tokens of each, context."""
+    seqs, new, context = values
+    what = "decode" if new == 1 else "prefill"
+    name = f"{what}, {seqs} x {new} of {context}"
+    return Shape(name=name, num_seqs=seqs, num_new=new, context=context)
 
 
 def _require_file(option: str, path: Path | None) -> None:

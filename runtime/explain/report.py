@@ -38,6 +38,7 @@ SHAPES = (
     Shape(name="decode, 8 sequences", num_seqs=8, num_new=1, context=128),
     Shape(name="prefill, 128 tokens", num_seqs=1, num_new=128, context=128),
 )
+PREFILL = SHAPES[2]  # that every stage is timed over
 DEFAULT_LAYERS = 2  # where memory does not hold the model in float32
 VERSION = 1
 Tell = Callable[[str], None]
@@ -52,12 +53,14 @@ class Choices:
         numbers: run the stages against the oracle.
         times: time steps: ``none``, ``interpreted``, or ``compiled`` (minutes).
         limits: measure what the machine can do.
+        shapes: of the steps whose costs and times are told.
     """
 
     layers: int | None = None
     numbers: bool = True
     times: str = "interpreted"
     limits: bool = True
+    shapes: tuple[Shape, ...] = SHAPES
 
 
 def explain(
@@ -113,7 +116,7 @@ def explain(
             "times": choices.times,
             "machine": _machine(facts.dtype, choices),
             "versions": {"python": platform.python_version(), **key.versions()},
-            "shapes": [asdict(shape) for shape in SHAPES],
+            "shapes": [asdict(shape) for shape in choices.shapes],
             "passes": passes,
         }  # fmt: skip
 
@@ -168,7 +171,7 @@ class _Report:
         for snapshot, make in subjects.stages(self.start, self.checkpoint):
             self.tell(f"pass {snapshot.name}" if before else "the captured graph")
             entry = _structure(snapshot, before)
-            entry["costs"] = _costs(snapshot)
+            entry["costs"] = _costs(snapshot, self.choices.shapes)
             if self.oracle is not None:
                 stage = make()
                 found = {m: subjects.score(stage, self.prompts, m, **self.sizes)
@@ -193,9 +196,8 @@ class _Report:
         """Milliseconds of the interpreted stage over 128 tokens."""
         if self.choices.times == "none":
             return None
-        call = timing.step_call(
-            stage, SHAPES[2], self.sizes["vocab_size"], self.sizes["block_size"]
-        )
+        sizes = (self.sizes["vocab_size"], self.sizes["block_size"])
+        call = timing.step_call(stage, PREFILL, *sizes)
         return timing.in_turns({"it": call})["it"]
 
 
@@ -222,14 +224,14 @@ def _structure(snapshot: Snapshot, before: Snapshot | None) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _costs(snapshot: Snapshot) -> list[dict[str, Any]]:
+def _costs(snapshot: Snapshot, shapes: Sequence[Shape]) -> list[dict[str, Any]]:
     """Operations and bytes of a step of each shape."""
 
     program = snapshot.program.copy()
     cut = hoist(program)
     return [
         {"shape": shape.name, **cost.summary(cost.step_cost(program, shape, cut))}
-        for shape in SHAPES
+        for shape in shapes
     ]
 
 
@@ -257,7 +259,7 @@ def _add_times(
                 entry["without"] = {"reason": reason}
                 continue
             tell(f"the step without {entry['name']}")
-            entry["without"] = {"times": _both(whole, make(entry["name"]))}
+            entry["without"] = {"times": _both(whole, make(entry["name"]), choices.shapes)}
 
 
 def _needed(name: str, checkpoint: Checkpoint, options: CompileOptions) -> str:
@@ -271,12 +273,14 @@ def _needed(name: str, checkpoint: Checkpoint, options: CompileOptions) -> str:
 
 
 def _both(
-    whole: subjects.ArtifactSubject, without: subjects.ArtifactSubject
+    whole: subjects.ArtifactSubject,
+    without: subjects.ArtifactSubject,
+    shapes: Sequence[Shape],
 ) -> list[dict[str, Any]]:
     model = whole.artifact.manifest["model"]
     sizes = (model["vocab_size"], model["block_size"])
     rows = []
-    for shape in SHAPES:
+    for shape in shapes:
         calls = {
             "with": timing.step_call(whole, shape, *sizes),
             "without": timing.step_call(without, shape, *sizes),

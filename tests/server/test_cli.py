@@ -67,6 +67,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["serve", "--port", "x"], "--port: invalid integer value"),
         (["serve", "--max-num-seqs", "0"], "0 is less than 1"),
         (["explain", "m", "--layers", "0"], "0 is less than 1"),
+        (["explain", "m", "--shape", "8"], "'8' is no shape; write SEQSxNEW@CONTEXT"),
+        (["explain", "m", "--shape", "8x9@8"], "new tokens that are part of the context"),
         (["serve", "--memory-fraction", "1.5"], "not between 0 and 1"),
         (["serve", "--kv-cache-memory-bytes", "lots"], "'lots' is no size"),
     ],
@@ -226,6 +228,8 @@ def test_banner() -> None:
 def test_explorer_commands_have_their_options() -> None:
     args = cli.parse(["explain", "m", "--pass", "fuse_qkv", "--html", "r.html", "--layers", "2"])
     assert (args.passes, args.html.name, args.layers) == (["fuse_qkv"], "r.html", 2)
+    args = cli.parse(["explain", "m", "--shape", "32x1@1024", "--shape", "1x512@512"])
+    assert args.shapes == [(32, 1, 1024), (1, 512, 512)]
     args = cli.parse(["bisect", "m", "--tolerance", "0.1", "--output", "r.py"])
     assert (args.tolerance, args.output.name) == (0.1, "r.py")
     args = cli.parse(["diff", "a", "b", "--model", "m"])

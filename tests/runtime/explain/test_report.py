@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from fxlm.compiler.cost import Shape
 from fxlm.compiler.options import CompileOptions
 from fxlm.models.checkpoint import open_checkpoint
 from fxlm.models.tiny import write_checkpoint
@@ -39,3 +40,14 @@ def test_experts_whose_sizes_are_sums_of_a_step_are_shown(tmp_path: Path) -> Non
     choices = Choices(numbers=False, times="none", limits=False)
     report = explain(checkpoint, CompileOptions(dtype="float32"), choices)
     assert report["passes"][-1]["layer"]
+
+
+def test_costs_are_those_of_the_shapes_that_are_asked_for() -> None:
+    shape = Shape(name="wide", num_seqs=32, num_new=1, context=1024)
+    choices = Choices(numbers=False, times="none", limits=False, shapes=(shape,))
+    report = explain(open_checkpoint("bundled-draft"), CompileOptions(), choices)
+    (cost,) = report["passes"][-1]["costs"]
+    cache = report["model"]["num_layers"] * 32 * 1025 * 2
+    assert cost["shape"] == "wide"
+    assert cost["cache_bytes"] % cache == 0
+    assert cost["cache_bytes"] > 0
