@@ -285,21 +285,6 @@ class Program:
                 known.add(node)
         return known
 
-    def is_weight_only(self, node: fx.Node) -> bool:
-        """Whether one node depends on weights and constants alone; looks at what it needs."""
-        seen, ahead = {node}, [node]
-        while ahead:
-            found = ahead.pop()
-            if found.op == "placeholder":
-                if self.inputs[found.name].role not in ("weight", "constant"):
-                    return False
-            elif found.op != "call_function" or not found.all_input_nodes or is_effect(found):
-                return False
-            new = [i for i in found.all_input_nodes if i not in seen]
-            seen.update(new)
-            ahead += new
-        return True
-
     def output(self) -> fx.Node:
         """The output node."""
         node: fx.Node = next(iter(reversed(self.graph.nodes)))

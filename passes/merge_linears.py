@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxlm.compiler.program import Program
+from fxlm.compiler.program import Program, is_effect
 from fxlm.passes.quantized_weights import concatenate, differing
 
 aten = torch.ops.aten
@@ -75,10 +75,26 @@ def _obstacle(program: Program, group: list[fx.Node]) -> str:
         return "the linears have different inputs"
     for node in group:
         weight: Any = node.args[1]
-        if not program.is_weight_only(weight):
+        if not _is_weight_only(program, weight):
             return "a weight depends on tokens"
         if len(weight.users) != 1:
             return "a weight is used elsewhere too"
     if len({n.args[1].meta["val"].dtype for n in group}) > 1:  # type: ignore[union-attr]
         return "the weights have different types"
     return differing([node.args[1] for node in group])
+
+
+def _is_weight_only(program: Program, node: fx.Node) -> bool:
+    """Whether one node depends on weights and constants alone; looks at what it needs."""
+    seen, ahead = {node}, [node]
+    while ahead:
+        found = ahead.pop()
+        if found.op == "placeholder":
+            if program.inputs[found.name].role not in ("weight", "constant"):
+                return False
+        elif found.op != "call_function" or not found.all_input_nodes or is_effect(found):
+            return False
+        new = [i for i in found.all_input_nodes if i not in seen]
+        seen.update(new)
+        ahead += new
+    return True

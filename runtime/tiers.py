@@ -153,10 +153,9 @@ def main() -> int:
     os.nice(NICENESS)
     said = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print is no message of ours
-    threading.Thread(
-        target=_watch, args=(sys.stdin.fileno(),), name="lifeline", daemon=True
-    ).start()
     try:
+        lifeline = (sys.stdin.fileno(),)
+        threading.Thread(target=_watch, args=lifeline, name="lifeline", daemon=True).start()
         try:
             _compile(options, lambda *message: said.write(json.dumps(message) + "\n"))
         finally:

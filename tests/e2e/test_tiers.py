@@ -88,11 +88,15 @@ raise SystemExit(tiers.main())
 
 
 def test_a_process_that_is_done_ends_quietly(options: EngineOptions) -> None:
-    run = subprocess.run(
-        [sys.executable, "-P", "-c", ENDING], input=json.dumps(options.as_json()) + "\n",
-        capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    assert (run.returncode, run.stderr) == (0, "")
+    command = [sys.executable, "-P", "-c", ENDING]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as run:
+        assert run.stdin is not None
+        assert run.stderr is not None
+        run.stdin.write(json.dumps(options.as_json()) + "\n")
+        run.stdin.flush()  # stays open: its end would stop the work, too
+        assert (run.wait(timeout=60), run.stderr.read()) == (0, "")
 
 
 def test_a_fault_of_the_options_is_told(options: EngineOptions) -> None:
