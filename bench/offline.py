@@ -20,11 +20,10 @@ from pathlib import Path
 import torch
 
 from common import Clock, matmul_rate_tflops, print_table, read_bandwidth_gbs, write_results
+from engines import begin_decoding, finish, submit
 from fxlm.compiler.artifact import TensorSpec, dtype_of
 from fxlm.runtime.engine import Engine
 from fxlm.runtime.options import EngineOptions
-from fxlm.runtime.request import Request
-from fxlm.runtime.sampling_params import SamplingParams
 from fxlm.runtime.worker import build_engine
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -125,9 +124,9 @@ def _prefill(
 ) -> dict[str, object]:
     seconds = []
     for _ in range(repeats + 1):  # the first warms up
-        _submit(engine, 1, length, 1)
+        submit(engine, 1, length, 1)
         started = now()
-        _finish(engine)
+        finish(engine)
         seconds.append(now() - started)
     median = statistics.median(seconds[1:])
     return {
@@ -137,10 +136,7 @@ def _prefill(
 
 
 def _decode(engine: Engine, batch: int, prompt: int, tokens: int, now: Clock) -> dict[str, object]:
-    _submit(engine, batch, prompt, tokens + 1)
-    made = 0
-    while made < batch:  # every sequence has its first token
-        made += sum(len(o.token_ids) for o in engine.step())
+    begin_decoding(engine, batch, prompt, tokens + 1)
     seconds = []
     while engine.has_unfinished():
         started = now()
@@ -152,19 +148,6 @@ def _decode(engine: Engine, batch: int, prompt: int, tokens: int, now: Clock) ->
         "what": "decode", "batch": batch, "context": prompt, "tokens_per_s": batch / median,
         "step_s": median, "steps": len(seconds),
     }  # fmt: skip
-
-
-def _submit(engine: Engine, count: int, prompt: int, tokens: int) -> None:
-    params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
-    generator = torch.Generator().manual_seed(count)
-    for index in range(count):
-        ids = torch.randint(3, engine.spec.vocab_size, (prompt,), generator=generator).tolist()
-        engine.add_request(Request(request_id=str(index), prompt_token_ids=ids, params=params))
-
-
-def _finish(engine: Engine) -> None:
-    while engine.has_unfinished():
-        engine.step()
 
 
 if __name__ == "__main__":

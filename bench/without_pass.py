@@ -14,13 +14,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from common import print_table, write_results
+from engines import begin_decoding, finish, submit
 from fxlm.runtime.engine import Engine
 from fxlm.runtime.options import EngineOptions
-from fxlm.runtime.request import Request
-from fxlm.runtime.sampling_params import SamplingParams
 from fxlm.runtime.worker import build_engine
 
 Pair = tuple[Engine, Engine]  # without the pass, with it
@@ -72,20 +69,17 @@ def _engine(options: argparse.Namespace, without: list[str]) -> Engine:
 
 def _decode(pair: Pair, batch: int, prompt: int, steps: int) -> dict[str, object]:
     for engine in pair:
-        _submit(engine, batch, prompt, steps + 8)
-        made = 0
-        while made < batch:  # every sequence has its first token
-            made += sum(len(o.token_ids) for o in engine.step())
+        begin_decoding(engine, batch, prompt, steps + 8)
     row = _in_turn(pair, steps, lambda engine: engine.step())
     for engine in pair:
-        _finish(engine)
+        finish(engine)
     return {"what": "decode", "batch": batch, "tokens": batch, **row}
 
 
 def _prefill(pair: Pair, length: int, repeats: int) -> dict[str, object]:
     def run(engine: Engine) -> None:
-        _submit(engine, 1, length, 1)
-        _finish(engine)
+        submit(engine, 1, length, 1)
+        finish(engine)
 
     _in_turn(pair, 1, run)  # warms up
     return {"what": "prefill", "batch": 1, "tokens": length, **_in_turn(pair, repeats, run)}
@@ -107,19 +101,6 @@ def _in_turn(pair: Pair, count: int, run: Callable[[Engine], object]) -> dict[st
         "quartile_1": ratios[len(ratios) // 4],
         "quartile_3": ratios[3 * len(ratios) // 4],
     }
-
-
-def _submit(engine: Engine, count: int, prompt: int, tokens: int) -> None:
-    params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
-    generator = torch.Generator().manual_seed(count)
-    for index in range(count):
-        ids = torch.randint(3, engine.spec.vocab_size, (prompt,), generator=generator).tolist()
-        engine.add_request(Request(request_id=str(index), prompt_token_ids=ids, params=params))
-
-
-def _finish(engine: Engine) -> None:
-    while engine.has_unfinished():
-        engine.step()
 
 
 if __name__ == "__main__":
