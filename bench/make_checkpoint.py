@@ -4,8 +4,8 @@
     python bench/make_checkpoint.py qwen3-0.6b DIR
 
 Speeds do not depend on the values of weights, so these stand for the real models in every
-timing. The tokenizer is that of the bundled model, with
-made-up words up to the size of the vocabulary.
+timing. The tokenizer is that of the bundled model, with made-up words up to the size of the
+vocabulary.
 """
 
 from __future__ import annotations

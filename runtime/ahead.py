@@ -10,7 +10,6 @@ Not here: how a region is compiled (`fxlm.compiler.lower`), the pool (`compile`)
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import os
 import signal
@@ -28,7 +27,8 @@ from fxlm.models.checkpoint import Checkpoint
 from fxlm.models.shorten import num_layers, shorten
 from fxlm.runtime import machine
 from fxlm.runtime.front import front
-from fxlm.runtime.lifeline import PR_SET_PDEATHSIG
+from fxlm.runtime.interrupts import unwind
+from fxlm.runtime.lifeline import signal_at_the_end_of_our_parent
 
 _log = logging.getLogger(__name__)
 
@@ -117,9 +117,8 @@ def _run(work: Callable[[], None], parent: int) -> None:
     """The child's life; never returns."""
     status = 1
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):  # either unwinds, so nothing is left behind
-            signal.signal(number, signal.default_int_handler)
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        unwind()
+        signal_at_the_end_of_our_parent(signal.SIGTERM)
         if os.getppid() == parent:
             torch.set_num_threads(1)  # the threads of the parent's pool are not in the copy
             work()

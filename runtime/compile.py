@@ -6,14 +6,13 @@ column, `compiler` everything else. Not here: memory and running (`plan`, `worke
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import logging
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -264,7 +263,7 @@ class _Compiler:
             self.report(name, self.seconds[name])
 
     def run(self) -> Compilation:
-        with contextlib.ExitStack() as self.ahead:
+        with ExitStack() as self.ahead:
             return self.whole()
 
     def start_ahead(self) -> None:
@@ -337,7 +336,6 @@ class _Compiler:
 
     def lower(self, work: Path, plan: Any) -> None:
         """Compile each region, or take it from the pool of regions compiled before."""
-
         pooled = self.pooled(plan)
         if missing := self.missing(plan):
             with self.stage(f"compile {', '.join(r.name for r in missing.values())}"):

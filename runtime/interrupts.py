@@ -1,6 +1,6 @@
 """Ctrl-C and what must not be left half done.
 
-Here: `unbroken`. Not here: processes that ignore Ctrl-C (``service``, ``parallel.rank``).
+Here: `unbroken`, `unwind`. Not here: processes that ignore Ctrl-C (``service``, ``parallel.rank``).
 """
 
 import signal
@@ -31,3 +31,9 @@ def unbroken() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
         if arrived:
             handler(signal.SIGINT, arrived[0])
+
+
+def unwind() -> None:
+    """Let whoever ends this process end it as Ctrl-C does, so that every context cleans up."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)

@@ -26,6 +26,11 @@ def read_line() -> bytes | None:
     return bytes(line)
 
 
+def signal_at_the_end_of_our_parent(number: int) -> None:
+    """Have the kernel send a signal when the thread that started this process ends (Linux)."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+
+
 def watch_lifeline(parent: int) -> None:
     """Leave when standard input ends, or (Linux) when the kernel says that the parent died."""
 
@@ -42,6 +47,6 @@ def watch_lifeline(parent: int) -> None:
     threading.Thread(target=wait, name="lifeline", daemon=True).start()
     if sys.platform == "linux":
         signal.signal(signal.SIGHUP, check)
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGHUP)
+        signal_at_the_end_of_our_parent(signal.SIGHUP)
     if os.getppid() != parent:  # it died before we watched
         os._exit(EXIT_ORPHAN)

@@ -27,6 +27,7 @@ from fxlm.compiler.cache import cache_directory
 from fxlm.compiler.errors import ArtifactError, FxlmError
 from fxlm.runtime.cache import Miss, eager, look_up, target_of
 from fxlm.runtime.compile import Compilation, Report, compile_for, open_for
+from fxlm.runtime.interrupts import unwind
 from fxlm.runtime.options import EngineOptions, compile_options, from_mapping
 
 NICENESS = 5  # of the compiling process, so that serving goes first
@@ -147,8 +148,7 @@ def check_same(first: Artifact, second: Artifact) -> None:
 
 def main() -> int:
     """Entry of the process: compile, and say so line by line on standard output."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # the engine's process ignores the first
-        signal.signal(number, signal.default_int_handler)
+    unwind()  # the engine's process ignores Ctrl-C
     options = from_mapping(json.loads(sys.stdin.readline()))
     os.nice(NICENESS)
     said = os.fdopen(os.dup(1), "w", buffering=1)

@@ -9,8 +9,8 @@ Per linear layer of N outputs and K inputs, b bits a code (2, 4 or 8), groups of
 
 The version is ``checkpoint_format`` (``gptq`` or ``gptq_v2``). Bits and group size are taken from
 the shapes, so that ``dynamic`` overrides of single layers need no reading; without any, they must
-be those of the settings. Source: the packing code
-of GPTQModel, https://github.com/ModelCloud/GPTQModel. 3-bit codes straddle words and are not read.
+be those of the settings. 3-bit codes straddle words and are not read. Source: the packing code of
+GPTQModel, https://github.com/ModelCloud/GPTQModel.
 """
 
 from __future__ import annotations
