@@ -158,9 +158,8 @@ class Linear {
 
   void run() {
     const int64_t blocks = ceil_div(steps_, block_);
-    static thread_local std::vector<float> buffer;
-    a_ = reinterpret_cast<A*>(
-        aligned(buffer, blocks * block_ * args_.num_rows * (sizeof(A) / sizeof(float))));
+    static thread_local Scratch buffer;
+    a_ = buffer.take<A>(blocks * block_ * args_.num_rows);
     const int64_t threads = threads_for(args_, panels_ * steps_);
     runs(threads, ceil_div(args_.num_rows, kPackRows), [&](int64_t first, int64_t last) {
       const int64_t end = std::min(args_.num_rows, last * kPackRows);
@@ -201,8 +200,8 @@ class Linear {
   }
 
   void some_panels(int64_t panel, int64_t panels, int64_t first, int64_t count) {
-    static thread_local std::vector<float> buffer;
-    float* sums = aligned(buffer, panels * count * kPanel);
+    static thread_local Scratch buffer;
+    float* sums = buffer.take<float>(panels * count * kPanel);
     std::memset(sums, 0, panels * count * kPanel * sizeof(float));
     const Unit* base = static_cast<const Unit*>(args_.packed) + panel * steps_ * kPanel;
     for (int64_t step = 0; step < steps_; step += block_)
@@ -214,7 +213,7 @@ class Linear {
       }
     for (int64_t i = 0; i < panels; ++i)
       for (int64_t row = 0; row < count; ++row)
-        finish<T>(args_, sums + (i * count + row) * kPanel, (panel + i) * kPanel,
+        finish<T>(args_, sums + (i * count + row) * kPanel, (panel + i) * kPanel, kPanel,
                   first + row);
   }
 

@@ -1,12 +1,12 @@
-// What the kernels of linear layers share around their products: a buffer, and the last step of a
-// row, from sums to outputs.
+// What the kernels of linear layers share around their products: how many threads, and the last
+// step of a row, from sums to outputs.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
-#include <vector>
 
 #include "linear.h"
+#include "pages.h"
 #include "parallel.h"
 
 namespace fxlm {
@@ -28,19 +28,14 @@ void runs(int64_t threads, int64_t count, const Body& body) {
     body(0, count);
 }
 
-// `count` floats from a cache line on; the buffer grows and never shrinks.
-inline float* aligned(std::vector<float>& buffer, size_t count) {
-  if (buffer.size() < count + 16) buffer.resize(count + 16);
-  const auto address = reinterpret_cast<uintptr_t>(buffer.data());
-  return buffer.data() + ((address + 63) / 64 * 64 - address) / 4;
-}
-
-// Sums [kPanel] of one row, from output `column` on -> out, with the bias.
+// Sums [width] of one row, from output `column` on -> out, with the bias.
 template <class T>
-void finish(const PackedLinear& args, const float* sums, int64_t column, int64_t row) {
+void finish(const PackedLinear& args, const float* sums, int64_t column, int64_t width,
+            int64_t row) {
   T* out = static_cast<T*>(args.out) + row * args.outputs + column;
   const T* bias = args.bias ? static_cast<const T*>(args.bias) + column : nullptr;
-  const int count = int(std::min(kPanel, args.outputs - column));
+  const int count = int(std::min(width, args.outputs - column));
+  if (count <= 0) return;
   int i = 0;
   for (; i + W <= count; i += W)
     store(out + i, bias ? load(sums + i) + load(bias + i) : load(sums + i));

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
+#include <new>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -20,5 +22,36 @@ inline void prefer_large_pages(void* data, int64_t bytes) {
   (void)data, (void)bytes;
 #endif
 }
+
+// A thread's working memory: grows, never shrinks, forgets what it held when it grows.
+class Scratch {
+ public:
+  Scratch() = default;
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() { std::free(data_); }
+
+  // `count` elements from a cache line on; from 2 MiB on in large pages.
+  template <class T>
+  T* take(int64_t count) {
+    constexpr int64_t line = 64, page = 1 << 21;
+    const int64_t bytes = count * int64_t(sizeof(T)), unit = bytes < page ? line : page;
+    if (bytes > bytes_) {
+      std::free(data_);
+      bytes_ = (bytes + unit - 1) / unit * unit;
+      data_ = std::aligned_alloc(unit, bytes_);
+      if (data_ == nullptr) {
+        bytes_ = 0;
+        throw std::bad_alloc();
+      }
+      prefer_large_pages(data_, bytes_);
+    }
+    return static_cast<T*>(data_);
+  }
+
+ private:
+  void* data_ = nullptr;
+  int64_t bytes_ = 0;
+};
 
 }  // namespace fxlm

@@ -7,6 +7,7 @@
 //
 //   tile_configure(shapes)     rows and bytes a row of each tile; clears all tiles
 //   tile_zero<T>()             tile_load<T>(from, stride)      tile_store<T>(to, stride)
+//   tile_stream<T>(from, stride)  a load that leaves the first-level cache to what is read again
 //   tile_dpbf16<C, A, B>()     C[m][n] f32 += sum over k, i of A[m][2k + i] B[k][2n + i]   bf16
 //   tile_dpbssd<C, A, B>()     C[m][n] i32 += sum over k, i < 4 of A[m][4k + i] B[k][4n + i]  int8
 //   tile_release()             gives the state back; call it when a thread is done
@@ -76,6 +77,10 @@ inline void tile_load(const void* from, int64_t stride) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(stride), "i"(T) : "memory");
 }
 template <int T>
+inline void tile_stream(const void* from, int64_t stride) {
+  asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(stride), "i"(T) : "memory");
+}
+template <int T>
 inline void tile_store(void* to, int64_t stride) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(stride), "i"(T) : "memory");
 }
@@ -131,6 +136,10 @@ inline void tile_load(const void* from, int64_t stride) {
   for (int row = 0; row < tile_unit.shapes.rows[T]; ++row)
     std::memcpy(tile_unit.data[T][row], static_cast<const char*>(from) + row * stride,
                 tile_unit.shapes.bytes[T]);
+}
+template <int T>
+inline void tile_stream(const void* from, int64_t stride) {
+  tile_load<T>(from, stride);
 }
 template <int T>
 inline void tile_store(void* to, int64_t stride) {

@@ -96,10 +96,13 @@ inline vf load(const F16* p) {
 }
 
 // Round to nearest even; NaN stays NaN.
-inline void store(Bf16* p, vf v) {
+inline vh bf16_bits(vf v) {
   const vu bits = bit_cast<vu>(v);
   const vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const vh out = __builtin_convertvector(v == v ? rounded : vu{} + 0x7fc0, vh);
+  return __builtin_convertvector(v == v ? rounded : vu{} + 0x7fc0, vh);
+}
+inline void store(Bf16* p, vf v) {
+  const vh out = bf16_bits(v);
   std::memcpy(p, &out, sizeof out);
 }
 inline uint16_t half_of(float x) {

@@ -1,0 +1,106 @@
+// The rate of this CPU's products with operands in registers: what no kernel can exceed.
+// `peak.py` compiles it and calls one function a thread; each returns operations done.
+#include <cstdint>
+
+#if defined(__AMX_TILE__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#include <immintrin.h>
+
+namespace {
+
+#if defined(__AMX_TILE__)
+bool configure() {
+  if (syscall(SYS_arch_prctl, 0x1023, 18) != 0) return false;  // ask Linux for the tiles
+  struct alignas(64) Config {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  } config;
+  asm volatile("ldtilecfg %0" : : "m"(config) : "memory");
+  asm volatile("tilezero %tmm0; tilezero %tmm1; tilezero %tmm2; tilezero %tmm3");
+  asm volatile("tilezero %tmm4; tilezero %tmm5; tilezero %tmm6; tilezero %tmm7");
+  return true;
+}
+#endif
+
+}  // namespace
+
+extern "C" {
+
+// 2 x 2 products of tiles: 4 x 16 x 16 outputs, 32 bf16 or 64 int8 inputs deep.
+double tiles_bf16(int64_t rounds) {
+#if defined(__AMX_TILE__)
+  if (!configure()) return 0;
+  for (int64_t i = 0; i < rounds; ++i)
+    asm volatile(
+        "tdpbf16ps %tmm6, %tmm4, %tmm0; tdpbf16ps %tmm7, %tmm4, %tmm1;"
+        "tdpbf16ps %tmm6, %tmm5, %tmm2; tdpbf16ps %tmm7, %tmm5, %tmm3");
+  asm volatile("tilerelease");
+  return 2.0 * rounds * 4 * 16 * 16 * 32;
+#else
+  return 0;
+#endif
+}
+
+double tiles_int8(int64_t rounds) {
+#if defined(__AMX_TILE__)
+  if (!configure()) return 0;
+  for (int64_t i = 0; i < rounds; ++i)
+    asm volatile(
+        "tdpbssd %tmm6, %tmm4, %tmm0; tdpbssd %tmm7, %tmm4, %tmm1;"
+        "tdpbssd %tmm6, %tmm5, %tmm2; tdpbssd %tmm7, %tmm5, %tmm3");
+  asm volatile("tilerelease");
+  return 2.0 * rounds * 4 * 16 * 16 * 64;
+#else
+  return 0;
+#endif
+}
+
+// 24 sums in registers, so that no product waits for the one before.
+#define SUMS(op) op(0) op(1) op(2) op(3) op(4) op(5) op(6) op(7) op(8) op(9) op(10) op(11) \
+    op(12) op(13) op(14) op(15) op(16) op(17) op(18) op(19) op(20) op(21) op(22) op(23)
+#define ZERO(i) "vpxord %%zmm" #i ", %%zmm" #i ", %%zmm" #i ";"
+#define CLOBBER "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", \
+    "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18", "xmm19",   \
+    "xmm20", "xmm21", "xmm22", "xmm23", "xmm24", "xmm25"
+// Whatever a register held before might be subnormal, which is slow.
+#define CLEAR() asm volatile(SUMS(ZERO) ZERO(24) ZERO(25) : : : CLOBBER)
+
+double vectors_bf16(int64_t rounds) {
+#if defined(__AVX512BF16__)
+#define ONE(i) "vdpbf16ps %%zmm24, %%zmm25, %%zmm" #i ";"
+  CLEAR();
+  for (int64_t i = 0; i < rounds; ++i) asm volatile(SUMS(ONE) : : : CLOBBER);
+#undef ONE
+  return 2.0 * rounds * 24 * 16 * 2;
+#else
+  return 0;
+#endif
+}
+
+double vectors_int8(int64_t rounds) {
+#if defined(__AVX512VNNI__)
+#define ONE(i) "vpdpbusd %%zmm24, %%zmm25, %%zmm" #i ";"
+  CLEAR();
+  for (int64_t i = 0; i < rounds; ++i) asm volatile(SUMS(ONE) : : : CLOBBER);
+#undef ONE
+  return 2.0 * rounds * 24 * 16 * 4;
+#else
+  return 0;
+#endif
+}
+
+double vectors_float32(int64_t rounds) {
+#if defined(__AVX512F__)
+#define ONE(i) "vfmadd231ps %%zmm24, %%zmm25, %%zmm" #i ";"
+  CLEAR();
+  for (int64_t i = 0; i < rounds; ++i) asm volatile(SUMS(ONE) : : : CLOBBER);
+#undef ONE
+  return 2.0 * rounds * 24 * 16;
+#else
+  return 0;
+#endif
+}
+}
