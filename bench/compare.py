@@ -5,8 +5,9 @@
 
 `bench/peers.md` says how the peers are installed; each is optional and runs in its own
 environment (`bench/drivers`). A block is one measurement of one engine; for every row the engines
-take turns (A B C A B C ...). The read bandwidth is probed before and after each block, and a
-block in a bad spell of the machine (below ``--good`` of the best probe seen) is measured again.
+take turns (A B C A B C ...). The machine is probed before and after each block, and a block in a
+bad spell (below ``--good`` of the best probe seen) is measured again: decoding is held against
+the read bandwidth, prefill against the peak of bfloat16 products (`peak.py`).
 Figures are medians over the good blocks. An engine that takes longer than ``--patience`` seconds
 for a block gets fewer of them in that row; how many counted is in the JSON. After ``--budget``
 seconds a row ends with the blocks that it has. An engine declines what would take minutes a block
@@ -33,6 +34,7 @@ from typing import Any
 import torch
 
 from common import matmul_rate_tflops, print_table, read_bandwidth_gbs, write_results
+from peak import best_unit, peak_tops
 
 DRIVERS = Path(__file__).resolve().parent / "drivers"
 ROWS = (
@@ -102,9 +104,7 @@ def main() -> None:
     peers = [_start(text, options) for text in options.engine]
     machine = Machine(options.good)
     rate = matmul_rate_tflops(torch.bfloat16)
-    results = [
-        row for name in options.rows for row in _row(name, peers, machine, shape, rate, options)
-    ]
+    results = [row for name in options.rows for row in _row(name, peers, machine, shape, options)]
     memory = {p.name: p.ask({"do": "memory"}) for p in peers if p.process.poll() is None}
     for peer in peers:
         peer.process.kill()
@@ -113,7 +113,10 @@ def main() -> None:
     document = {
         "model": options.checkpoint.name, "rows": results, "memory": memory,
         "engines": {p.name: {"version": p.version, "load_seconds": p.ready} for p in peers},
-        "limits": {"read_gbs": machine.best, "matmul_tflops": rate, "probes": machine.probes},
+        "limits": {
+            "read_gbs": machine.best["decode"], "peak_tops": machine.best["prefill"],
+            "peak_of": machine.unit, "matmul_tflops": rate, "probes": machine.probes,
+        },
         "floor": {"weight_gb": shape.weight_bytes / 1e9},
     }  # fmt: skip
     chosen = {"rows": options.rows, "blocks": options.blocks, "good": options.good}
@@ -137,23 +140,25 @@ def _parse() -> argparse.Namespace:
 
 
 class Machine:
-    """Read bandwidth as it is from moment to moment."""
+    """What limits a block, as it is from moment to moment: read bandwidth and bfloat16 peak."""
 
     def __init__(self, good: float) -> None:
         self.good = good
-        self.best = read_bandwidth_gbs(size_bytes=1 << 30)
-        self.probes: list[float] = []
+        self.unit, peak = best_unit("bf16")
+        self.best = {"decode": read_bandwidth_gbs(size_bytes=1 << 30), "prefill": peak}
+        self.probes: list[dict[str, float]] = []
 
-    def probe(self) -> float:
-        """GB/s now; a quarter of a gigabyte, read twice."""
-        found = read_bandwidth_gbs(size_bytes=PROBE_BYTES, repeats=2, clock=time.perf_counter)
-        self.probes.append(round(found, 1))
-        self.best = max(self.best, found)
+    def probe(self) -> dict[str, float]:
+        """GB/s now (a quarter of a gigabyte, read twice), and 10^12 operations/s."""
+        bandwidth = read_bandwidth_gbs(size_bytes=PROBE_BYTES, repeats=2, clock=time.perf_counter)
+        found = {"decode": bandwidth, "prefill": peak_tops(self.unit, repeats=2)}
+        self.probes.append({kind: round(value, 2) for kind, value in found.items()})
+        self.best = {kind: max(self.best[kind], value) for kind, value in found.items()}
         return found
 
-    def is_good(self, *probes: float) -> bool:
-        """Whether none of these falls off."""
-        return min(probes) >= self.good * self.best
+    def is_good(self, kind: str, *probes: dict[str, float]) -> bool:
+        """Whether none of these falls off in what bounds a block of ``kind``."""
+        return min(probe[kind] for probe in probes) >= self.good * self.best[kind]
 
 
 # --- engines -----------------------------------------------------------------------------------
@@ -212,7 +217,6 @@ def _row(
     peers: list[Peer],
     machine: Machine,
     shape: Shape,
-    rate: float,
     options: argparse.Namespace,
 ) -> list[dict[str, object]]:
     """Every engine in turn until each has its blocks; a block in a bad spell does not count."""
@@ -236,7 +240,7 @@ def _row(
                 seconds[peer.name].append(value)
             else:
                 spoilt[peer.name] += 1
-    made = [_figures(name, p, seconds[p.name], spoilt[p.name], machine, shape, rate) for p in peers]
+    made = [_figures(name, p, seconds[p.name], spoilt[p.name], machine, shape) for p in peers]
     for row in made:
         row["fault"] = faults.get(str(row["engine"]), "")
     _compare(made)
@@ -267,12 +271,11 @@ def _block(
     if "error" in answer:
         faults[peer.name] = answer["error"]
         return math.nan, False
-    return float(answer["seconds"]), machine.is_good(before, machine.probe())
+    return float(answer["seconds"]), machine.is_good(order["do"], before, machine.probe())
 
 
 def _figures(
-    name: str, peer: Peer, seconds: list[float], spoilt: int, machine: Machine, shape: Shape,
-    rate: float,
+    name: str, peer: Peer, seconds: list[float], spoilt: int, machine: Machine, shape: Shape
 ) -> dict[str, object]:  # fmt: skip
     row: dict[str, object] = {"row": name, "engine": peer.name, "blocks": len(seconds)}
     row["spoilt"] = spoilt
@@ -283,14 +286,17 @@ def _figures(
     if order["do"] == "prefill":
         tokens = order["tokens"]
         flops = 2 * shape.layer_macs * tokens
-        row |= {"tokens_per_s": tokens / median, "share": flops / median / 1e12 / rate}
-        return row | {"limit": "matmul rate"}
+        row |= {
+            "tokens_per_s": tokens / median,
+            "share": flops / median / 1e12 / machine.best["prefill"],
+        }
+        return row | {"limit": machine.unit.replace("_", " ")}
     context = order["context"] + STEPS // 2
     moved = shape.weight_bytes + order["batch"] * context * shape.kv_bytes_per_token
-    floor = shape.weight_bytes / machine.best / 1e9
+    floor = shape.weight_bytes / machine.best["decode"] / 1e9
     row |= {"tokens_per_s": order["batch"] / median, "limit": "read bandwidth"}
     return row | {
-        "share": moved / median / 1e9 / machine.best,
+        "share": moved / median / 1e9 / machine.best["decode"],
         "times_weight_floor": median / floor,
     }
 

@@ -9,14 +9,8 @@ from pathlib import Path
 
 import torch
 
-from common import (
-    best_seconds,
-    machine,
-    matmul_rate_tflops,
-    print_table,
-    read_bandwidth_gbs,
-    write_results,
-)
+from common import machine, matmul_rate_tflops, print_table, read_bandwidth_gbs, write_results
+from peak import UNITS, peak_tops
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -41,22 +35,14 @@ def main() -> None:
     for name in options.dtypes:
         rate = matmul_rate_tflops(DTYPES[name])
         rows.append({"probe": f"matmul {name}", "rate": rate, "unit": "TFLOP/s"})
-    rows += [_tiles(dtype, here["flags"]) for dtype in ("int8", "bf16")]
+    rows += [
+        {"probe": f"peak of {unit.replace('_', ' ')}", "rate": peak_tops(unit) or "none",
+         "unit": "Top/s"}
+        for unit in UNITS
+    ]  # fmt: skip
     print_table(rows, title="Measured, best of several")
     settings = {"threads": torch.get_num_threads(), "dtypes": options.dtypes}
     print(f"\nwritten: {write_results('probe', rows, options=settings, output=options.output)}")
-
-
-def _tiles(dtype: str, flags: object) -> dict[str, object]:
-    """What torch reaches where the CPU has matrix tiles for the type; "none" where it has not."""
-    row: dict[str, object] = {"probe": f"AMX {dtype}", "rate": "none", "unit": ""}
-    if not isinstance(flags, list) or f"amx_{dtype}" not in flags:
-        return row
-    if dtype == "bf16":
-        return row | {"rate": matmul_rate_tflops(torch.bfloat16), "unit": "TFLOP/s"}
-    left, right = (torch.randint(-99, 99, (2048, 2048), dtype=torch.int8) for _ in range(2))
-    seconds = best_seconds(lambda: torch._int_mm(left, right))
-    return row | {"rate": 2 * 2048**3 / seconds / 1e12, "unit": "TOP/s"}
 
 
 if __name__ == "__main__":
