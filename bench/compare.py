@@ -158,7 +158,8 @@ class Machine:
 
     def is_good(self, kind: str, *probes: dict[str, float]) -> bool:
         """Whether none of these falls off in what bounds a block of ``kind``."""
-        return min(probe[kind] for probe in probes) >= self.good * self.best[kind]
+        worst: float = min(probe[kind] for probe in probes)
+        return worst >= self.good * self.best[kind]
 
 
 # --- engines -----------------------------------------------------------------------------------
