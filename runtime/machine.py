@@ -8,10 +8,15 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
+# Of the second version and of the first, where each controller has a tree of its own: limit, use
+# and statistics.
+_MEMORY_FILES = (
+    ("memory.max", "memory.current", "memory.stat"),
+    ("memory/memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat"),
+)
 
 
 def num_cores() -> tuple[int, str]:
@@ -42,11 +47,18 @@ def memory_limit_bytes() -> tuple[int, str]:
 
 
 def memory_available_bytes() -> int:
-    """Memory that is free now or can be freed, within the limit."""
-    limit, _ = memory_limit_bytes()
-    used = max(_group_numbers("memory.current", "memory/memory.usage_in_bytes"), default=0)
-    inactive = _inactive_file_bytes()
-    return min(_meminfo("MemAvailable"), max(0, limit - used + inactive))
+    """Memory that is free now or can be freed, in the machine and in each group with a limit.
+
+    Pages of files that a group has read, lately or long ago, are given back under pressure.
+    """
+    free = _meminfo("MemAvailable")
+    for limits, used, stat in _MEMORY_FILES:
+        for path in _group_files(limits):
+            limit = _number(path)
+            if limit is not None and limit < _meminfo("MemTotal"):
+                in_use = _number(path.parent / used) or 0
+                free = min(free, max(0, limit - in_use + _file_bytes(path.parent / stat)))
+    return free
 
 
 def _cpu_quota() -> float | None:
@@ -59,33 +71,43 @@ def _cpu_quota() -> float | None:
 
 
 def _group_numbers(*names: str) -> list[int]:
-    found = []
-    for name in names:
-        for path in _group_files(name):
-            text = path.read_text().strip()
-            if text.isdigit():
-                found.append(int(text))
-    return found
+    numbers = (_number(path) for name in names for path in _group_files(name))
+    return [number for number in numbers if number is not None]
 
 
-def _group_files(name: str) -> Iterable[Path]:
-    """Files of this name in our control group and the groups above it, where readable."""
-    directories = [CGROUP]
+def _number(path: Path) -> int | None:
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def _group_files(name: str) -> list[Path]:
+    """Files of this name in our control group and the groups above it, where readable.
+
+    ``controller/name`` is one of the first version.
+    """
+    controller, _, name = name.rpartition("/")
+    root = CGROUP / controller
+    directories = [root]
     try:
         for line in Path("/proc/self/cgroup").read_text().splitlines():
-            parts = line.split(":", 2)[2].strip("/").split("/")
-            directories += [CGROUP.joinpath(*parts[: i + 1]) for i in range(len(parts))]
-    except (OSError, IndexError):
+            _, owner, place = line.split(":", 2)
+            if controller in owner.split(","):
+                parts = place.strip("/").split("/")
+                directories += [root.joinpath(*parts[: i + 1]) for i in range(len(parts))]
+    except (OSError, ValueError):
         pass
     return [d / name for d in dict.fromkeys(directories) if os.access(d / name, os.R_OK)]
 
 
-def _inactive_file_bytes() -> int:
-    for path in _group_files("memory.stat"):
-        for line in path.read_text().splitlines():
-            if line.startswith("inactive_file "):
-                return int(line.split()[1])
-    return 0
+def _file_bytes(stat: Path) -> int:
+    try:
+        lines = [line.split() for line in stat.read_text().splitlines()]
+    except OSError:
+        return 0
+    return sum(int(value) for key, value in lines if key in ("active_file", "inactive_file"))
 
 
 def _meminfo(field: str) -> int:
