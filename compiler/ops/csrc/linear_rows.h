@@ -44,5 +44,25 @@ void finish(const PackedLinear& args, const float* sums, int64_t column, int64_t
   store_part(out + i, bias ? last + load_part(bias + i, count - i) : last, count - i);
 }
 
+// 32 values -> a line of bf16 past the caches: fetched into them first, the lines of many rows, which
+// lie far apart, would take the place of x. False: not done, this is no line. `end_stream` makes
+// what a thread has written so seen before what it writes next.
+inline bool stream_line(Bf16* out, const vf* values) {
+#if defined(__AVX512F__)
+  if (reinterpret_cast<uintptr_t>(out) % 64 != 0) return false;
+  const __m256i low = (__m256i)bf16_bits(values[0]), high = (__m256i)bf16_bits(values[1]);
+  _mm512_stream_si512((__m512i*)out, _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
+  return true;
+#else
+  (void)out, (void)values;
+  return false;
+#endif
+}
+inline void end_stream() {
+#if defined(__AVX512F__)
+  _mm_sfence();
+#endif
+}
+
 }  // namespace
 }  // namespace fxlm

@@ -5,7 +5,7 @@
 // scheme asks for it, otherwise fixed point with one scale a row and segment, 16 bits for 16-bit
 // types and 24 for float32. Its error is at most 2**-16 (2**-24) of the segment's largest input,
 // which is below what rounding the result to x's type costs. Products and the sums of a segment
-// are then exact. For other weights x becomes float32, or stays bfloat16.
+// are then exact. (int8 rows and one scale an output: the sum of all inputs is, and is scaled once.) For other weights x becomes float32, or stays bfloat16.
 //
 // Tiles take turns over a block of a panel, which the first brings into the cache. While they do,
 // the next block is prefetched, a few lines a step.
@@ -15,12 +15,12 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <vector>
 
 #include "parallel.h"
 #include "quantized_finish.h"
 #include "quantized_product.h"
 #include "quantized_tiles.h"
+#include "tile_product.h"
 
 namespace fxlm {
 namespace {
@@ -31,17 +31,6 @@ constexpr int64_t kBlockBytes = 32 << 10; // of a panel that tiles share
 constexpr int64_t kAheadBytes = 4 << 10;  // that a single tile prefetches ahead
 constexpr int64_t kPackRows = 16;         // rows of x that are one item
 constexpr int64_t kSegment = 512;         // inputs: sums of planes stay exact in float32
-constexpr int64_t kSerialWork = 1 << 14;  // less is done before another thread has woken up
-
-constexpr int64_t ceil_div(int64_t x, int64_t by) { return (x + by - 1) / by; }
-
-template <class T>
-T* aligned(std::vector<T>& buffer, size_t count) {
-  const size_t spare = 64 / sizeof(T);
-  if (buffer.size() < count + spare) buffer.resize(count + spare);
-  const auto address = reinterpret_cast<uintptr_t>(buffer.data());
-  return reinterpret_cast<T*>((address + 63) / 64 * 64);
-}
 
 // ---- rows of x --------------------------------------------------------------------------------
 
@@ -132,6 +121,12 @@ inline float scale_of(float most, int planes) {
   return most == 0.0f ? 1.0f : most / largest_code(planes);
 }
 
+// Whether an output's sum over all inputs is one exact integer.
+bool sums_whole(const QuantizedLinear& args) {
+  constexpr int64_t most = 1 << 17;  // inputs, whose products are at most 127 * 128
+  return args.code == Code::int8 && args.round_rows && args.group >= args.inputs && args.inputs < most;
+}
+
 // ---- the layer --------------------------------------------------------------------------------
 
 // Vectors a register tile is wide: sums, weights and one factor fit the registers.
@@ -158,7 +153,8 @@ class Layer {
         block_(args.num_rows <= kTile ? std::max<int64_t>(segments_, 1)
                                       : std::max<int64_t>(kBlockBytes / (steps_ * 256), 1)),
         panels_(ceil_div(args.outputs, kPanel)),
-        scales_(ceil_div(args.inputs, args.group)) {}
+        scales_(ceil_div(args.inputs, args.group)),
+        whole_(K::whole && sums_whole(args)) {}
 
   void run() {
     const bool serial = panels_ * panel_steps_ * (args_.num_rows + 4) < kSerialWork;
@@ -192,15 +188,12 @@ class Layer {
   // ---- x, as [segment][row][plane][units]; zeros behind the last input -------------------------
 
   void prepare(int64_t threads) {
-    static thread_local std::vector<A> a;
-    static thread_local std::vector<int32_t> start;
-    static thread_local std::vector<Head> heads;
-    static thread_local std::vector<float> scales;
+    static thread_local Scratch a, start, heads, scales;
     const int64_t rows = args_.num_rows;
-    a_ = aligned(a, (segments_ * rows * P + K::kLoose) * units_);
-    start_ = aligned(start, segments_ * rows * P);
-    heads_ = aligned(heads, segments_ * rows);
-    row_scale_ = aligned(scales, rows);
+    a_ = a.take<A>((segments_ * rows * P + K::kLoose) * units_);
+    start_ = start.take<int32_t>(segments_ * rows * P);
+    heads_ = heads.take<Head>(segments_ * rows);
+    row_scale_ = scales.take<float>(rows);
     each(threads, ceil_div(rows, kPackRows), [&](int64_t i) {
       const int64_t last = std::min(rows, (i + 1) * kPackRows);
       for (int64_t row = i * kPackRows; row < last; ++row) prepare_row(row);
@@ -208,9 +201,9 @@ class Layer {
   }
 
   void prepare_row(int64_t row) {
-    static thread_local std::vector<float> buffer;
+    static thread_local Scratch buffer;
     const int64_t padded = segments_ * segment_ + kSegment;
-    float* x = aligned(buffer, padded);
+    float* x = buffer.take<float>(padded);
     read_row(args_, row, x);
     std::memset(x + args_.inputs, 0, (padded - args_.inputs) * sizeof(float));
     row_scale_[row] = 1.0f;
@@ -266,15 +259,26 @@ class Layer {
   // ---- products -------------------------------------------------------------------------------
 
   void one_panel(int64_t panel, int64_t first, int64_t count) {
-    static thread_local std::vector<float> buffer;
-    float* sums = aligned(buffer, count * kPanel);
+    static thread_local Scratch buffer;
+    float* sums = buffer.take<float>(count * kPanel);
     std::memset(sums, 0, count * kPanel * sizeof(float));
     if constexpr (K::tiled)
       on_tiles(panel, first, count, sums);
     else
       for (int64_t s = 0; s < segments_; s += block_)
         one_block(panel, s, std::min(block_, segments_ - s), first, count, sums);
+    if (whole_)
+      for (int64_t row = 0; row < count; ++row)
+        scale_whole(sums + row * kPanel, kPanel, args_.scale + panel * kPanel,
+                    args_.offset ? args_.offset + panel * kPanel : nullptr,
+                    args_.offset ? row_sum(first + row) : 0.0f);
     finish(args_, sums, row_scale_, panel, first, count);
+  }
+
+  float row_sum(int64_t row) const {  // exact: each addend is a whole number, the sum below 2**24
+    float sum = 0.0f;
+    for (int64_t s = 0; s < segments_; ++s) sum += heads_[s * args_.num_rows + row].sum;
+    return sum;
   }
 
   void on_tiles(int64_t panel, int64_t first, int64_t count, float* sums) const {
@@ -304,8 +308,8 @@ class Layer {
   }
 
   const uint32_t* expand(const uint32_t* words, int64_t steps) const {
-    static thread_local std::vector<uint32_t> buffer;
-    uint32_t* to = aligned(buffer, steps * K::per_step * kPanel);
+    static thread_local Scratch buffer;
+    uint32_t* to = buffer.take<uint32_t>(steps * K::per_step * kPanel);
     if constexpr (K::expands) K::expand(words, steps, args_.table, {kAheadBytes, 0, 4}, to);
     return to;
   }
@@ -344,6 +348,10 @@ class Layer {
         return columns<M>(place, K::per_step, sums, [](auto... of) {
           K::template segment<M, width_of(M * P), true>(of...);
         });
+    if constexpr (K::whole)
+      if (whole_)
+        return columns<M>(place, 1, sums,
+                          [](auto... of) { K::template segment<M, width_of(M), true>(of...); });
     columns<M>(place, 1, sums,
                [](auto... of) { K::template segment<M, width_of(M * P)>(of...); });
   }
@@ -367,15 +375,74 @@ class Layer {
   const QuantizedLinear& args_;
   const int64_t per_word_, segment_, segments_, steps_, panel_steps_, units_, block_, panels_,
       scales_;  // of an output
+  const bool whole_;
   A* a_ = nullptr;
   int32_t* start_ = nullptr;
   Head* heads_ = nullptr;
   float* row_scale_ = nullptr;
 };
 
+#if defined(FXLM_HARDWARE_TILES) || defined(FXLM_EMULATED_TILES)
+// int8 rows and weights, a scale an output: the tiles of tile_product.h, four inputs a step.
+struct Int8Layer {
+  using Sum = int32_t;
+  const QuantizedLinear& args;
+  int64_t num_rows, steps, panels;
+  const uint32_t* packed;
+  int64_t threads;
+  float *row_scale, *row_sum;
+
+  template <int C, int A, int B>
+  static void multiply() {
+    tile_dpbssd<C, A, B>();
+  }
+
+  template <class Lines>
+  void pack(int64_t first, int64_t last, const Lines& lines) const {
+    static thread_local Scratch floats, bytes;
+    const int64_t tiles = ceil_div(args.inputs, kTileBytes), padded = tiles * kTileBytes;
+    float* x = floats.take<float>(padded);
+    int8_t* codes = bytes.take<int8_t>(padded);
+    for (int64_t row = first; row < last; ++row) {
+      read_row(args, row, x);
+      std::memset(x + args.inputs, 0, (padded - args.inputs) * sizeof(float));
+      row_scale[row] = scale_of(largest(x, padded), 1);
+      int32_t sum = 0;
+      split<1>(x, padded, row_scale[row], &codes, &sum);
+      row_sum[row] = float(sum);
+      for (int64_t tile = 0; tile < tiles; ++tile)
+        std::memcpy(lines(row, tile), codes + tile * kTileBytes, kTileBytes);
+    }
+  }
+
+  void write(int64_t panel, int64_t row, const int32_t* left, const int32_t* right, bool) const {
+    alignas(64) float sums[kPanel];
+    std::memcpy(sums, left, sizeof sums / 2);
+    std::memcpy(sums + kHalfPanel, right, sizeof sums / 2);
+    scale_whole(sums, kPanel, args.scale + panel * kPanel,
+                args.offset ? args.offset + panel * kPanel : nullptr, row_sum[row]);
+    finish(args, sums, row_scale, panel, row, 1);
+  }
+};
+
+bool run_whole(const QuantizedLinear& args) {
+  if (!sums_whole(args) || !tiles_allowed()) return false;
+  static thread_local Scratch scales, sums;
+  const int64_t steps = ceil_div(args.inputs, 4), panels = ceil_div(args.outputs, kPanel);
+  const bool serial = panels * steps * (args.num_rows + 4) < kSerialWork;
+  const Int8Layer layer{args, args.num_rows, steps, panels,
+                        static_cast<const uint32_t*>(args.packed), serial ? 1 : num_threads(),
+                        scales.take<float>(args.num_rows), sums.take<float>(args.num_rows)};
+  TileProduct<Int8Layer>(layer).run();
+  return true;
+}
+#endif
+
 template <bool kNibbles, int P>
 void run_planes(const QuantizedLinear& args) {
 #if defined(FXLM_HARDWARE_TILES) || defined(FXLM_EMULATED_TILES)
+  if constexpr (!kNibbles && P == 1)
+    if (run_whole(args)) return;
   using OnTiles = Tiled<kNibbles, P>;
   if (OnTiles::fits(segment_inputs(args.code, args.group, args.inputs)) && tiles_allowed())
     return Layer<OnTiles>(args).run();

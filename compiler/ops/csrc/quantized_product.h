@@ -155,11 +155,13 @@ template <bool kNibbles, int P>
 struct Integers {
   using A = Digits;
   static constexpr bool integers = true, expands = false, tiled = false;
+  static constexpr bool whole = !kNibbles && P == 1;  // can be, where an output has one scale
   static constexpr int planes = P, kShift = kNibbles ? kShift4 : kShift8, kLoose = 0;
   static constexpr int per_step = kNibbles ? 2 : 1;  // digits a step takes
   static A digits(const int8_t* four) { return fxlm::digits(four); }
 
-  template <int M, int N>
+  // kWhole: sums are exact integers from the first segment to the last, scaled when all are there.
+  template <int M, int N, bool kWhole = false>
   static inline __attribute__((always_inline)) void segment(
       const A* a, int stride, const int32_t* start, const Head* heads, const Weights& w, int steps,
       const Prefetch& prefetch, bool fetch, float* sums, const float*) {
@@ -168,7 +170,10 @@ struct Integers {
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) acc[r][n] = vi{} + start[r];
+      for (int n = 0; n < N; ++n) {
+        acc[r][n] = vi{} + start[r];
+        if constexpr (kWhole) acc[r][n] += bits_load<vi>(sums + r * kPanel + n * W);
+      }
 #pragma GCC unroll 1
     for (int k = 0; k < steps; ++k) {
       const uint32_t* step = w.words + int64_t(k) * kPanel;
@@ -189,9 +194,28 @@ struct Integers {
         }
       }
     }
-    add_planes<M, N, P>(acc, heads, w, sums);
+    if constexpr (kWhole) {
+      static_assert(P == 1);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n)
+          std::memcpy(sums + r * kPanel + n * W, &acc[r][n], sizeof(vi));
+    } else {
+      add_planes<M, N, P>(acc, heads, w, sums);
+    }
   }
 };
+
+// Exact integer sums of one row and `count` outputs -> floats in their place.
+inline void scale_whole(float* sums, int count, const float* scale, const float* offset,
+                        float row_sum) {
+  for (int i = 0; i < count; i += W) {
+    vf sum = to_floats(bits_load<vi>(sums + i)) * load(scale + i);
+    if (offset != nullptr) sum = fused(broadcast(row_sum), load(offset + i), sum);
+    store(sums + i, sum);
+  }
+}
 
 // ---- codes on no even grid --------------------------------------------------------------------
 
@@ -241,7 +265,7 @@ struct Table4 {
 template <class Code>
 struct Decoded {
   using A = float;
-  static constexpr bool integers = false, expands = false, tiled = false;
+  static constexpr bool integers = false, expands = false, tiled = false, whole = false;
   static constexpr int planes = 1, kLoose = 0;
   static constexpr int per_step = Code::nibbles ? 8 : 4;
 
@@ -323,7 +347,7 @@ struct Table4Pairs {
 template <class Code>
 struct Halves {
   using A = uint32_t;
-  static constexpr bool integers = false, expands = true, tiled = false;
+  static constexpr bool integers = false, expands = true, tiled = false, whole = false;
   static constexpr int planes = 1, kLoose = 0;
   static constexpr int per_step = Code::per_step;
 

@@ -37,7 +37,7 @@ struct TiledPanel {
 template <bool kNibbles, int P>
 struct Tiled {
   using A = uint32_t;
-  static constexpr bool integers = true, expands = false, tiled = true;
+  static constexpr bool integers = true, expands = false, tiled = true, whole = false;
   static constexpr int planes = P, per_step = kNibbles ? 2 : 1, kShift = kNibbles ? 8 : 0;
   static constexpr int kLoose = 2 * kTileRows;  // rows of x that are read past the last
   static A digits(const int8_t* four) { return bits_load<uint32_t>(four); }
