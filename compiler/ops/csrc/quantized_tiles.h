@@ -7,7 +7,7 @@
 // `Integers` scales them: which of the two multiplied shows in no bit.
 //
 // Few rows: one tile of them against the four of a panel. Many: 2 x 2 tiles over a segment (32 KiB
-// at most), which stays near while rows pass. Tested on the software unit; not yet run on hardware.
+// at most), which stays near while rows pass.
 #pragma once
 
 #include <algorithm>
