@@ -50,6 +50,7 @@ COMMON = [
 # File -> its own flags. Bindings are torch headers above all: optimizing them costs time alone.
 UNITS = {
     "attention.cpp": ("-O3",),
+    "attention_tiles.cpp": ("-O3",),
     "linear.cpp": ("-O3",),
     "linear_tiles.cpp": ("-O3",),
     "sample.cpp": ("-O3", "-ffp-contract=off"),

@@ -12,7 +12,7 @@ namespace fxlm {
 namespace {
 
 constexpr int kSplit = 256;  // keys a partial softmax
-constexpr int kRows = 64;    // rows a tile, unless one group is larger
+constexpr int kRows = 64;    // rows a tile of several heads, and of one where vectors multiply
 constexpr int kMaxRows = 128;
 constexpr int kReading = 8;  // what reading a split costs, in rows
 
@@ -53,11 +53,11 @@ int64_t heads_of_tile(const Attention& args) {
   return std::max<int64_t>(args.kv_heads / std::min(pieces, args.kv_heads), 1);
 }
 
-void plan_sequence(const Attention& args, int64_t sequence, int64_t most_heads,
+void plan_sequence(const Attention& args, int64_t sequence, int64_t most_heads, int64_t most_rows,
                    std::vector<Tile>& tiles) {
   const int64_t queries = args.query_start[sequence + 1] - args.query_start[sequence];
   const int64_t group = args.heads / args.kv_heads, rows = queries * group;
-  const int64_t most = std::max<int64_t>(kRows, std::min<int64_t>(group, kMaxRows));
+  const int64_t most = std::max(most_rows, std::min<int64_t>(group, kMaxRows));
   const int64_t start = args.seq_lens[sequence] - queries;
   for (int64_t first = 0; first < rows; first += most) {
     Tile tile{sequence, 0, 0, first, std::min(most, rows - first), 0, 0, -1};
@@ -73,12 +73,12 @@ void plan_sequence(const Attention& args, int64_t sequence, int64_t most_heads,
   }
 }
 
-// A tile is parted where it alone would keep one thread busy while others have nothing to do.
-Plan make_plan(const Attention& args) {
+// A tile has up to `most_rows` rows, unless one group is larger. It is parted where it alone would keep one thread busy while others have nothing to do.
+Plan make_plan(const Attention& args, int64_t most_rows) {
   Plan plan;
   int64_t total = 0;
   const int64_t heads = heads_of_tile(args);
-  for (int64_t i = 0; i < args.sequences; ++i) plan_sequence(args, i, heads, plan.tiles);
+  for (int64_t i = 0; i < args.sequences; ++i) plan_sequence(args, i, heads, most_rows, plan.tiles);
   for (const Tile& tile : plan.tiles) total += tile.cost();
   const int64_t threads = num_threads();
   for (size_t i = 0; i < plan.tiles.size(); ++i) {

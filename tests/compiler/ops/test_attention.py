@@ -242,19 +242,48 @@ def with_company(
     )
 
 
-STORED = [(d, d) for d in TOLERANCE] + [(d, c) for c in CODED for d in list(TOLERANCE)[:2]]
+# over codes of whole vectors, and over whole tiles, few rows and many take different kernels
+STORED = [
+    *((dtype, dtype, 20) for dtype in TOLERANCE),
+    (torch.bfloat16, torch.bfloat16, 64),
+    *((dtype, codes, 32) for codes in CODED for dtype in (torch.float32, torch.bfloat16)),
+]
 
 
-@pytest.mark.parametrize(("dtype", "cache_dtype"), STORED)
+@pytest.mark.parametrize("rules", [Rules(), Rules(window=45), Rules(chunk=100)])
+@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, *CODED])
+@pytest.mark.parametrize(("width", "block_size"), [(64, 16), (80, 32), (20, 64)])
+def test_kernel_with_rows_of_several_blocks_and_splits(
+    width: int, block_size: int, cache_dtype: torch.dtype, rules: Rules
+) -> None:
+    """Long prefills, of which tiles multiply many rows at once: NaN lies where no token does."""
+    step = make_step(
+        [310, 9, 150],
+        [0, 700, 129],
+        heads=6,
+        kv_heads=2,
+        dk=width,
+        dv=width + 4,
+        block_size=block_size,
+        dtype=torch.bfloat16,
+        cache_dtype=cache_dtype,
+    )
+    want = torch.ops.fxlm.paged_attention_reference(*step.cloned(), *rules.args())
+    torch.testing.assert_close(kernel(step.cloned(), rules), want, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize(("dtype", "cache_dtype", "width"), STORED)
 @pytest.mark.parametrize("window", [0, 100, 700])
 @pytest.mark.parametrize("heads_and_kv", [(4, 2), (3, 3)])
 def test_chunks_and_company_change_no_bit(
-    dtype: torch.dtype, cache_dtype: torch.dtype, window: int, heads_and_kv: tuple[int, int]
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype,
+    width: int,
+    window: int,
+    heads_and_kv: tuple[int, int],
 ) -> None:
     """A prompt of 600 whole, and the same in chunks beside another sequence."""
     heads, kv_heads = heads_and_kv
-    # over codes of whole vectors, few rows and many take different kernels
-    width = 32 if cache_dtype in CODED else 20
     shape = {"heads": heads, "kv_heads": kv_heads, "dk": width, "dtype": dtype}
     shape["cache_dtype"] = cache_dtype
     rules = Rules(window=window, sinks=torch.linspace(-1, 1, heads))

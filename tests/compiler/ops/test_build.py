@@ -156,8 +156,8 @@ def test_every_isa_passes_the_numeric_tests(isa: str, registered: str) -> None:
     if build.ISAS[isa].needs - build.cpu_flags() or isa == registered:
         pytest.skip("this CPU does not run it, or it is what the other tests use")
     chosen = "kernel or naive_loop or no_bit or plain_python or logprobs or without_a_number"
-    layers = ("linear", "quantized_kernels", "quantized_epilogues")
-    ours = layers if build.ISAS[isa].for_tests else (*layers, "attention", "sample")
+    tiled = ("linear", "quantized_kernels", "quantized_epilogues", "attention")
+    ours = tiled if build.ISAS[isa].for_tests else (*tiled, "sample")
     files = [str(TESTS / f"test_{name}.py") for name in ours]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", "-k", chosen, *files],
