@@ -1,4 +1,5 @@
-// The rate of this CPU's products with operands in registers: what no kernel can exceed.
+// The rate of this CPU's products: of vectors with operands in registers, of tiles with operands in
+// the first-level cache, one load a product, as in any kernel. None can exceed it.
 // `peak.py` compiles it and calls one function a thread; each returns operations done.
 #include <cstdint>
 
@@ -25,31 +26,33 @@ struct alignas(64) Operands {
 };
 
 #if defined(__AMX_TILE__)
-bool configure(bool zeros) {
+bool configure() {
   if (syscall(SYS_arch_prctl, 0x1023, 18) != 0) return false;  // ask Linux for the tiles
   struct alignas(64) Config {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
     uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
   } config;
-  const Operands data(zeros);
   asm volatile("ldtilecfg %0" : : "m"(config) : "memory");
   asm volatile("tilezero %tmm0; tilezero %tmm1; tilezero %tmm2; tilezero %tmm3");
-  asm volatile(
-      "tileloadd (%0,%4,1), %%tmm4; tileloadd (%1,%4,1), %%tmm5;"
-      "tileloadd (%2,%4,1), %%tmm6; tileloadd (%3,%4,1), %%tmm7"
-      :
-      : "r"(data.bf16[0]), "r"(data.bf16[1]), "r"(data.bf16[2]), "r"(data.bf16[3]), "r"(64L)
-      : "memory");
   return true;
 }
 
+// 2 x 2 products, each operand loaded once for two of them.
+#define PRODUCTS(op)                                                            \
+  asm volatile("tileloadd (%0,%4,1), %%tmm4; tileloadd (%2,%4,1), %%tmm6;" op    \
+               " %%tmm6, %%tmm4, %%tmm0; tileloadd (%3,%4,1), %%tmm7;" op         \
+               " %%tmm7, %%tmm4, %%tmm1; tileloadd (%1,%4,1), %%tmm5;" op         \
+               " %%tmm6, %%tmm5, %%tmm2;" op " %%tmm7, %%tmm5, %%tmm3"           \
+               :                                                                \
+               : "r"(data.bf16[0]), "r"(data.bf16[1]), "r"(data.bf16[2]),       \
+                 "r"(data.bf16[3]), "r"(64L)                                    \
+               : "memory")
+
 double bf16(int64_t rounds, bool zeros) {
-  if (!configure(zeros)) return 0;
-  for (int64_t i = 0; i < rounds; ++i)
-    asm volatile(
-        "tdpbf16ps %tmm6, %tmm4, %tmm0; tdpbf16ps %tmm7, %tmm4, %tmm1;"
-        "tdpbf16ps %tmm6, %tmm5, %tmm2; tdpbf16ps %tmm7, %tmm5, %tmm3");
+  if (!configure()) return 0;
+  const Operands data(zeros);
+  for (int64_t i = 0; i < rounds; ++i) PRODUCTS("tdpbf16ps");
   asm volatile("tilerelease");
   return 2.0 * rounds * 4 * 16 * 16 * 32;
 }
@@ -67,11 +70,9 @@ double tiles_bf16_zeros(int64_t rounds) { return bf16(rounds, true); }
 
 double tiles_int8(int64_t rounds) {
 #if defined(__AMX_TILE__)
-  if (!configure(false)) return 0;
-  for (int64_t i = 0; i < rounds; ++i)
-    asm volatile(
-        "tdpbssd %tmm6, %tmm4, %tmm0; tdpbssd %tmm7, %tmm4, %tmm1;"
-        "tdpbssd %tmm6, %tmm5, %tmm2; tdpbssd %tmm7, %tmm5, %tmm3");
+  if (!configure()) return 0;
+  const Operands data(false);
+  for (int64_t i = 0; i < rounds; ++i) PRODUCTS("tdpbssd");
   asm volatile("tilerelease");
   return 2.0 * rounds * 4 * 16 * 16 * 64;
 #else

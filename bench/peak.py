@@ -1,9 +1,10 @@
-"""The rate of this CPU's products with operands in registers, the peak of any kernel.
+"""The rate of this CPU's products with operands at hand, the peak of any kernel.
 
 ``python bench/probe.py`` prints the figures; `bench/compare.py` holds prefill against them. A
 matrix product of torch is a rate that someone reached, which is another thing: it is in the probe
 too. The loops are in ``peak.cpp``, compiled anew for the machine at hand. Operands are random: with
-zeros in them, tiles are a quarter faster on Emerald Rapids, as they take less power.
+zeros in them, tiles are a quarter faster on Emerald Rapids, as they take less power. Tiles are
+loaded out of the first-level cache, which costs nothing but where neighbours slow loads down.
 """
 
 import ctypes
