@@ -10,6 +10,7 @@
       InvalidRequest     a field of a request (names the field: HTTP 400)
       OutOfMemory        memory that does not suffice, before or while serving
       EngineDead         the engine process is gone; carries the reason
+        PeersLost        a rank that cannot go on without the others
 
 Faults of our own are assertions with values, not classes of this file.
 """
@@ -74,3 +75,7 @@ class OutOfMemory(FxlmError):
 
 class EngineDead(FxlmError):
     """The engine is gone; the message is its last words."""
+
+
+class PeersLost(EngineDead):
+    """The other ranks are gone or silent: what ails them is the reason, not this rank."""

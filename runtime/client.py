@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -45,6 +46,7 @@ Sink = Callable[[Output | Exception], None]
 Show = Callable[[str], None]
 
 SILENCE_S = 120.0  # longest step that is not taken for a hang
+PATROL_S = 1.0
 LAST_WORDS_S = 0.5  # for messages that are under way when the process ends
 STDERR_LINES = 20
 KILL_AFTER_S = 5.0
@@ -66,8 +68,9 @@ class EngineClient:
     """
 
     def __init__(
-        self, socket: zmq.asyncio.Socket, process: "_Process", stack: contextlib.ExitStack
-    ) -> None:
+        self, socket: zmq.asyncio.Socket, process: "_Process", stack: contextlib.ExitStack,
+        hang_s: float | None = None,
+    ) -> None:  # fmt: skip
         self._info: EngineInfo | None = None
         self.last_heartbeat = time.monotonic()
         self._socket = socket
@@ -86,6 +89,7 @@ class EngineClient:
         self._ended: asyncio.Future[None] = self._loop.create_future()
         self._reader = self._loop.create_task(self._read())
         self._watcher = self._loop.create_task(self._watch())
+        self._patroller = self._loop.create_task(self._patrol(hang_s)) if hang_s else None
 
     # --- start
 
@@ -98,6 +102,7 @@ class EngineClient:
         paths: Sequence[str] = (),
         timeout_s: float | None = None,
         show: Show | None = None,
+        hang_s: float | None = None,
     ) -> "EngineClient":
         """Start an engine process and wait until it is ready.
 
@@ -108,6 +113,8 @@ class EngineClient:
             paths: put in front of the process's ``sys.path``.
             timeout_s: None waits as long as the process lives (it may be compiling).
             show: gets what the process writes to standard error; None passes it on.
+            hang_s: a process that has work, but neither speaks nor computes for so long, is
+                ended (Linux); None: never.
 
         Raises:
             EngineDead: the process ended, with its last words; or the time was up.
@@ -124,7 +131,7 @@ class EngineClient:
         except BaseException:
             stack.close()
             raise
-        client = cls(socket, process, stack)
+        client = cls(socket, process, stack, hang_s)
         try:
             client._info = await asyncio.wait_for(asyncio.shield(client._ready), timeout_s)
         except TimeoutError as error:
@@ -153,6 +160,12 @@ class EngineClient:
     def is_alive(self) -> bool:
         """Whether the process is there and has not given up."""
         return self._dead is None
+
+    async def ended(self) -> str:
+        """Wait until the process is gone; gives the reason."""
+        await asyncio.shield(self._watcher)
+        assert self._dead is not None
+        return self._dead
 
     @property
     def num_unfinished(self) -> int:
@@ -309,6 +322,8 @@ class EngineClient:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(asyncio.shield(self._ended), LAST_WORDS_S)
         self._reader.cancel()
+        if self._patroller is not None:
+            self._patroller.cancel()
         self._dead = "the engine was shut down" if self._closing else self._describe_end(code)
         if not self._ready.done():
             self._ready.set_exception(EngineDead(self._dead))
@@ -319,6 +334,18 @@ class EngineClient:
         for future in self._pongs.values():
             if not future.done():
                 future.set_exception(EngineDead(self._dead))
+
+    async def _patrol(self, hang_s: float) -> None:
+        """End a process that hangs. Turns are counted, not time: this one may be held up, too."""
+        before, turns = (0.0, 0), 0
+        while turns * PATROL_S < hang_s:
+            await asyncio.sleep(PATROL_S)
+            signs = self.last_heartbeat, self._process.cpu_ticks()
+            turns = turns + 1 if self._pending and signs == before else 0
+            before = signs
+        idle = f"it has work, and did nothing for {hang_s:g} s"
+        self._last_words = f"the engine process hangs: {idle}"
+        self._process.kill(signal.SIGKILL)
 
     def _describe_end(self, code: int) -> str:
         if self._last_words is not None:
@@ -410,6 +437,15 @@ class _Process:
 
         threading.Thread(target=wait, name="engine-wait", daemon=True).start()
         return await future
+
+    def cpu_ticks(self) -> int:
+        """CPU time of the child's main thread, which runs the steps; 0 where nobody can tell."""
+        try:
+            stat = Path(f"/proc/{self._popen.pid}/task/{self._popen.pid}/stat").read_text()
+        except OSError:
+            return 0
+        user, system = stat.rpartition(")")[2].split()[11:13]
+        return int(user) + int(system)
 
     def tail(self) -> str:
         """The last lines of standard error."""

@@ -22,6 +22,7 @@ from fxlm.runtime.parallel.choice import choose_backend, num_ranks, torchrun_pro
 if TYPE_CHECKING:
     from fxlm.runtime.engine import Engine
 
+HANG_S = 4.0  # the ranks notice each other first
 FACTORY = "fxlm.runtime.launch:make_engine"
 
 
@@ -35,6 +36,7 @@ class EngineSpec:
         name: of the model as the user wrote it.
         directory: holds config, tokenizer, template and generation defaults.
         tokenizer: directory of the tokenizer (usually the same).
+        hang_s: after which the engine's process is taken for lost; see `EngineClient.start`.
     """
 
     factory: str
@@ -42,6 +44,7 @@ class EngineSpec:
     name: str
     directory: Path
     tokenizer: Path
+    hang_s: float | None = None
 
 
 def engine_options(args: argparse.Namespace) -> EngineOptions:
@@ -69,6 +72,7 @@ def prepare(args: argparse.Namespace) -> EngineSpec:
         name=options.model,
         directory=directory,
         tokenizer=resolve(tokenizer) if tokenizer else directory,
+        hang_s=options.distributed_timeout_seconds + HANG_S if num_ranks(options) > 1 else None,
     )
 
 

@@ -1,15 +1,17 @@
 """A child process that leaves with its parent.
 
-Here: reading the first line of standard input, whose end then means that the parent is gone.
+Here: reading the first line of standard input, whose end then means that the parent is gone;
+leaving.
 Not here: what the child does (``service``, ``parallel.rank``).
 """
 
+import atexit
 import ctypes
 import os
 import signal
 import sys
 import threading
-from typing import Any
+from typing import Any, NoReturn
 
 EXIT_ORPHAN = 3
 PR_SET_PDEATHSIG = 1
@@ -50,3 +52,16 @@ def watch_lifeline(parent: int) -> None:
         signal_at_the_end_of_our_parent(signal.SIGHUP)
     if os.getppid() != parent:  # it died before we watched
         os._exit(EXIT_ORPHAN)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process, without taking the interpreter apart.
+
+    Threads of Gloo may still hold tensors of steps that failed or were not waited for. Where one
+    needs the interpreter when that is half gone, C++ ends the process with SIGABRT ("terminate
+    called without an active exception").
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

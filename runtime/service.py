@@ -28,7 +28,7 @@ import msgspec
 import zmq
 
 from fxlm.compiler.errors import EngineDead, FxlmError, InvalidRequest
-from fxlm.runtime.lifeline import EXIT_ORPHAN, read_line, watch_lifeline
+from fxlm.runtime.lifeline import EXIT_ORPHAN, leave, read_line, watch_lifeline
 from fxlm.runtime.messages import (
     Abort,
     Failed,
@@ -291,4 +291,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

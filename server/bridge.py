@@ -56,6 +56,10 @@ class Engine(Protocol):
         """Why it cannot serve (dead, silent for too long), or None."""
         ...
 
+    async def ended(self) -> str:
+        """Wait until it is gone for good; gives the reason."""
+        ...
+
     def submit(self, request: Request, sink: Sink) -> None:
         """Start a request; `sink` gets its outputs, or one exception that ends it.
 

@@ -37,7 +37,7 @@ async def serving(
         InvalidModel, InvalidOption: see `open_model`.
     """
     model = open_model(spec, args)
-    client = await EngineClient.start(spec.factory, spec.kwargs)
+    client = await EngineClient.start(spec.factory, spec.kwargs, hang_s=spec.hang_s)
     try:
         assert client.info is not None, "started without a word"
         yield client, sized(model, client.info)

@@ -21,15 +21,16 @@ from types import FrameType
 import uvicorn
 from starlette.applications import Starlette
 
-from fxlm.compiler.errors import InvalidOption
+from fxlm.compiler.errors import EngineDead, InvalidOption
 from fxlm.server.app import create_app
-from fxlm.server.errors import unavailable
+from fxlm.server.errors import first_line, unavailable
 from fxlm.server.explorer import Explorer
 from fxlm.server.options import ServerOptions, server_options
 from fxlm.server.state import ServerState
 
 log = logging.getLogger("fxlm.server")
 GRACE_S = 5  # for the last bytes, after the time for running requests is up
+LOST_GRACE_S = 3  # for the bytes that tell why the engine is gone
 
 
 # What is told when the server listens: its model, and its URL (None behind a Unix socket).
@@ -37,28 +38,36 @@ Announce = Callable[[str, str | None], None]
 
 
 def serve(args: argparse.Namespace, announce: Announce) -> int:
-    """Compile if needed, start the engine, serve until SIGTERM or Ctrl-C."""
+    """Compile if needed, start the engine, serve until SIGTERM or Ctrl-C.
+
+    Raises:
+        EngineDead: the engine did not start, or was lost; a supervisor starts the server anew.
+    """
     from fxlm.runtime import launch
+    from fxlm.runtime.lifeline import leave
     from fxlm.server.engine import serving
 
     options = server_options(args)
     configure_logging(options.log_level)
     left = launch.serve_as_rank(args)
     if left is not None:  # a rank has no address
-        return left
+        leave(left)
     with taken(options) as listener:  # before minutes of compiling, not after
         spec = launch.prepare(args)
 
-        async def run() -> None:
+        async def run() -> str | None:
             async with serving(spec, args) as (engine, served):
                 explorer = Explorer(spec.kwargs)
-                app = create_app(engine, served, options, explorer)
+                server = Server(create_app(engine, served, options, explorer), options, announce)
                 try:
-                    await Server(app, options, announce).serve(sockets=[listener])
+                    await server.serve(sockets=[listener])
                 finally:
                     await explorer.close()
+                return server.lost
 
-        asyncio.run(run())
+        lost = asyncio.run(run())
+    if lost is not None:
+        raise EngineDead(first_line(lost))
     return 0
 
 
@@ -136,12 +145,17 @@ class Server(uvicorn.Server):
     """uvicorn with a word when it listens, and a drain that ends streams properly.
 
     After SIGTERM or Ctrl-C no new request is taken; running ones get ``shutdown_timeout_s``
-    seconds, then an error event, and the process ends with status 0.
+    seconds, then an error event, and the process ends with status 0. When the engine is gone,
+    its requests are told why, and the server ends too.
+
+    Attributes:
+        lost: why the engine is gone, if it is.
     """
 
     def __init__(self, app: Starlette, options: ServerOptions, announce: Announce) -> None:
         self.options = options
         self.announce = announce
+        self.lost: str | None = None
         found = app.state.fxlm
         assert isinstance(found, ServerState), repr(found)
         self.state = found
@@ -155,6 +169,21 @@ class Server(uvicorn.Server):
         model = self.state.served.names[0]
         address = self.servers[0].sockets[0].getsockname()
         self.announce(model, None if self.options.uds else base_url(self.options, address[1]))
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until a signal comes, or the engine is gone."""
+        watch = asyncio.get_running_loop().create_task(self.end_with_engine())
+        try:
+            await super().serve(sockets)
+        finally:
+            watch.cancel()
+
+    async def end_with_engine(self) -> None:
+        """Stop when the engine is gone: it does not come back, and a supervisor can see an end."""
+        self.lost = await self.state.bridge.engine.ended()
+        self.state.bridge.trouble()  # the log has all of it
+        self.config.timeout_graceful_shutdown = LOST_GRACE_S
+        self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take nothing new; when the time is up, end what still runs."""

@@ -26,15 +26,16 @@ class ServerState:
 
     def trouble(self) -> str | None:
         """Why nothing can be served now, or None."""
-        return "the server is shutting down" if self.draining else self.bridge.trouble()
+        reason = self.bridge.trouble()
+        return "the server is shutting down" if reason is None and self.draining else reason
 
     def check_ready(self) -> None:
         """503 when nothing can be served now, before any work is done for the request."""
-        if self.draining:
-            raise unavailable("The server is shutting down.", "shutting_down", 10)
         reason = self.bridge.trouble()
         if reason is not None:
             raise engine_dead(reason)
+        if self.draining:
+            raise unavailable("The server is shutting down.", "shutting_down", 10)
 
 
 def state_of(request: Request) -> ServerState:

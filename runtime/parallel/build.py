@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from fxlm.compiler.errors import EngineDead, InvalidOption
+from fxlm.compiler.errors import EngineDead, InvalidOption, PeersLost
 from fxlm.models.facts import num_layers
 from fxlm.runtime.batch import Batch
 from fxlm.runtime.compile import Compilation, Prefix, Report, compile_for, open_for
@@ -87,7 +87,7 @@ class ParallelWorker:
         self.ranks.set_busy(True)
         try:
             yield
-        except EngineDead as error:
+        except PeersLost as error:
             raise EngineDead(self.ranks.explain(str(error))) from error
         finally:
             self.num_flying += flying

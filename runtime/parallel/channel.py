@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import zmq
 
-from fxlm.compiler.errors import EngineDead
+from fxlm.compiler.errors import PeersLost
 from fxlm.runtime.parallel.messages import News, Order, RankSpec, encode
 from fxlm.runtime.transport import Address, listening, unlimited
 
@@ -91,7 +91,7 @@ class Listener:
         """The next order; waits for it as long as it takes.
 
         Raises:
-            EngineDead: rank 0 ended without a word.
+            PeersLost: rank 0 ended without a word.
         """
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
@@ -100,7 +100,7 @@ class Listener:
         try:
             return list(self._socket.recv_multipart(zmq.NOBLOCK))  # its last orders come first
         except zmq.Again:
-            raise EngineDead("rank 0 is gone") from None
+            raise PeersLost("rank 0 is gone") from None
 
     def close(self) -> None:
         self._socket.disable_monitor()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch._C import _distributed_c10d as c10d
 
-from fxlm.compiler.errors import EngineDead
+from fxlm.compiler.errors import PeersLost
 
 LOOPBACK = "127.0.0.1"
 
@@ -27,6 +27,9 @@ class RankGroup:
         backend: a process group of torch.distributed.
         rank, size: place in it.
         timeout_s: how long a rank waits for the others before it takes them for lost.
+
+    Attributes:
+        lost: what a collective failed with; compiled code keeps only the text of what it raised.
     """
 
     def __init__(self, backend: Any, rank: int, size: int, timeout_s: float) -> None:
@@ -34,6 +37,7 @@ class RankGroup:
         self.rank = rank
         self.size = size
         self.timeout_s = timeout_s
+        self.lost: PeersLost | None = None
         self._sending: deque[tuple[list[Any], list[torch.Tensor]]] = deque()
 
     def all_reduce(self, x: torch.Tensor) -> None:
@@ -88,16 +92,17 @@ class RankGroup:
         self._wait("receive", work, timedelta(seconds=self.timeout_s))
 
     def _wait(self, name: str, work: Any, *timeout: timedelta) -> None:
-        """Raises EngineDead where the other ranks are gone or silent."""
+        """Raises PeersLost where the other ranks are gone or silent."""
         try:
             work.wait(*timeout)
         except RuntimeError as error:  # Gloo's and NCCL's own classes derive from it
             first = str(error).strip().splitlines()[0]
-            raise EngineDead(
+            self.lost = PeersLost(
                 f"{name} over {self.size} ranks failed on rank {self.rank} "
                 f"(other ranks gone, or silent for {self.timeout_s:g} s; if their steps take "
                 f"that long, raise --distributed-timeout-seconds): {first}"
-            ) from error
+            )
+            raise self.lost from error
 
 
 def join(

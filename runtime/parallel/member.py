@@ -74,8 +74,8 @@ class Member:
             What the graph gave: tokens, if there is one stage.
 
         Raises:
-            EngineDead: other ranks are gone, or this one ran out of memory: they then wait for it
-                in vain.
+            PeersLost: other ranks are gone.
+            EngineDead: this one ran out of memory: they then wait for it in vain.
         """
         use_group(TENSOR_GROUP, self._tensor_group)  # another engine of this process has its own
         place, line = self.place, self._line
@@ -85,6 +85,10 @@ class Member:
             values = self.worker.step({**tensors, **self._received(line, tensors)})
         except OutOfMemory as error:
             raise EngineDead(f"one of several ranks cannot fail alone: {error}") from error
+        except RuntimeError as error:
+            if self._tensor_group is None or self._tensor_group.lost is None:
+                raise
+            raise self._tensor_group.lost from error
         target = place.rank + place.tensor_size
         if not place.is_last or place.rank == place.drawing:
             line.send(values, 0 if place.is_last else target, place.stages)

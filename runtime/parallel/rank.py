@@ -17,9 +17,9 @@ import msgspec
 import torch
 import zmq
 
-from fxlm.compiler.errors import EngineDead, FxlmError
+from fxlm.compiler.errors import FxlmError, PeersLost
 from fxlm.runtime.compile import compile_for
-from fxlm.runtime.lifeline import EXIT_ORPHAN, read_line, watch_lifeline
+from fxlm.runtime.lifeline import EXIT_ORPHAN, leave, read_line, watch_lifeline
 from fxlm.runtime.options import from_mapping
 from fxlm.runtime.parallel.channel import Listener, Teller
 from fxlm.runtime.parallel.member import Member, share_cores
@@ -61,7 +61,7 @@ def serve(spec: RankSpec) -> int:
         reason = str(error) if known else f"{type(error).__name__}: {error}"
         if not known:
             sys.excepthook(type(error), error, error.__traceback__)
-        teller.tell(Lost(spec.rank, reason, not isinstance(error, EngineDead)))
+        teller.tell(Lost(spec.rank, reason, not isinstance(error, PeersLost)))
         return EXIT_FATAL
     finally:
         over.set()
@@ -119,4 +119,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -7,6 +7,9 @@ A rank that is lost is lost for good: the reason is kept, a descriptor becomes r
 engine polls it), and the ranks that are left are ended, so that nobody waits in a collective for
 one that will not come. In the middle of a step the collectives notice first; `explain` then waits
 for the reason behind their error.
+
+One rank's loss takes others with it: they say that they lost their peers, and end. `Blame` is how
+directly each thing that was noticed names the rank that went first.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
 from typing import Protocol, TypeVar
 
 import torch
@@ -36,6 +41,25 @@ POLL_MS = 100
 SETTLE_S = 1.0  # for better reasons to come in behind the first one
 
 Kind = TypeVar("Kind", bound=News)
+
+
+class Blame(IntEnum):
+    """How directly a reason names the rank that went first; the least is told."""
+
+    FAULT = 0  # a rank's own words about itself
+    ENDED = 1  # its process ended, without a word
+    SILENT = 2  # it does not answer
+    PEERS = 3  # its own words: it lost the others
+    FOLLOWED = 4  # it ended, having lost the others
+
+
+@dataclass(frozen=True, slots=True)
+class _Reason:
+    """What was noticed of a rank; ``blame`` as of that moment."""
+
+    rank: int
+    blame: Blame
+    text: str
 
 
 class Handle(Protocol):
@@ -76,7 +100,8 @@ class Ranks:
         self._busy = False
         self._news: list[News] = []
         self._changed = threading.Condition()
-        self._reasons: list[tuple[int, str]] = []  # (how good, text), best first once sorted
+        self._reasons: list[_Reason] = []  # in the order in which they were noticed
+        self._ending = False  # ranks that end from now on were ended by this one
         self._closing = threading.Event()
         self._read_fd, self._write_fd = os.pipe()
         self._thread = threading.Thread(target=self._watch, name="ranks", daemon=True)
@@ -141,33 +166,63 @@ class Ranks:
         self._busy = busy
 
     def explain(self, fallback: str) -> str:
-        """Why a rank was lost; waits a moment for the ranks' own words."""
-        deadline = time.monotonic() + 2 * SETTLE_S
+        """Why a rank was lost; waits a moment for the ranks' own words.
+
+        Args:
+            fallback: what rank 0 itself noticed; told if nothing better is found.
+        """
+        began = time.monotonic()
         with self._changed:
-            while not self._reasons and time.monotonic() < deadline:
+            while (waited := time.monotonic() - began) < 3 * SETTLE_S:
+                best = self._best()
+                if best is not None and best.blame <= Blame.SILENT:
+                    return self.trouble() or fallback
+                if waited > SETTLE_S and (silent := self._silent()):
+                    self._lost(silent[0], Blame.SILENT, f"does not answer: {fallback}")
+                    continue
                 self._changed.wait(0.1)
-        silent = [r for r, heard in self._heard.items() if time.monotonic() - heard > 2 * SETTLE_S]
-        if not self._reasons and silent and self._watches_pulse:
-            names = ", ".join(str(rank) for rank in silent)
-            return f"rank {names} does not answer: {fallback}"
         return self.trouble() or fallback
 
+    def _silent(self) -> list[int]:
+        """Ranks that have not spoken lately, nor said that they leave."""
+        if not self._watches_pulse:
+            return []
+        left = {reason.rank for reason in self._reasons}
+        now = time.monotonic()
+        return [r for r, t in self._heard.items() if r not in left and now - t > 2 * SETTLE_S]
+
     def trouble(self) -> str | None:
-        """The best reason known; None while all is well."""
+        """The best reason after a moment in which a better one may come; None: all is well."""
+        if not self._reasons:
+            return None
+        began = time.monotonic()
         with self._changed:
-            if not self._reasons:
-                return None
-            began = time.monotonic()
-            while time.monotonic() - began < SETTLE_S and min(self._reasons)[0] > 0:
+            while (best := self._best()) is not None and best.blame > Blame.FAULT:
+                if self._ending or time.monotonic() - began > SETTLE_S:
+                    break
                 self._changed.wait(0.1)
-            return min(self._reasons)[1]
+            return None if best is None else best.text
+
+    def _best(self) -> _Reason | None:
+        """The reason that names the first cause most directly; of several, the earliest."""
+        with self._changed:
+            followed = {r.rank for r in self._reasons if r.blame is Blame.PEERS}
+
+            def blame(reason: _Reason) -> Blame:
+                follows = reason.blame is Blame.ENDED and reason.rank in followed
+                return Blame.FOLLOWED if follows else reason.blame
+
+            return min(self._reasons, key=blame, default=None)
 
     def fileno(self) -> int:
         """Readable once there is trouble."""
         return self._read_fd
 
     def close(self) -> None:
-        """Let the ranks leave; those that do not within a moment are ended."""
+        """Let the ranks leave; those that do not within a moment are ended.
+
+        Once one is lost, nobody waits for the others.
+        """
         if self._closing.is_set():
             return
         self._closing.set()
@@ -175,7 +230,7 @@ class Ranks:
         if self._thread.is_alive():
             self._thread.join()
         self.orders.close()
-        deadline = time.monotonic() + 3.0
+        deadline = time.monotonic() + (0.0 if self._reasons else 3.0)
         while time.monotonic() < deadline and any(
             h.ended() is None for h in self._handles.values()
         ):
@@ -197,14 +252,15 @@ class Ranks:
                 self._note(decode_news(frame))
             for rank, handle in self._handles.items():
                 how = handle.ended()
-                if how is not None and not self._closing.is_set():
-                    self._lost(1, f"rank {rank} {how}")
+                if how is not None and not self._closing.is_set() and not self._ending:
+                    self._lost(rank, Blame.ENDED, how)
             self._listen_for_silence()
 
     def _note(self, news: News) -> None:
         self._heard[news.rank] = time.monotonic()
         if isinstance(news, Lost):
-            self._lost(0 if news.first else 3, f"rank {news.rank}: {news.reason}")
+            kind = Blame.FAULT if news.first else Blame.PEERS
+            self._lost(news.rank, kind, news.reason)
         elif not isinstance(news, Pulse):
             with self._changed:
                 self._news.append(news)
@@ -216,14 +272,15 @@ class Ranks:
         for rank, heard in self._heard.items():
             silence = time.monotonic() - max(heard, self._idle_since)
             if silence > self.silence_s:
-                self._lost(2, f"rank {rank} has not been heard of for {silence:.0f} s")
+                self._lost(rank, Blame.SILENT, f"has not been heard of for {silence:.0f} s")
 
-    def _lost(self, how_good: int, reason: str) -> None:
+    def _lost(self, rank: int, blame: Blame, how: str) -> None:
+        colon = ":" if blame in (Blame.FAULT, Blame.PEERS) else ""
         with self._changed:
-            if reason in (text for _, text in self._reasons):
+            if any((r.rank, r.blame) == (rank, blame) for r in self._reasons):
                 return
             first = not self._reasons
-            self._reasons.append((how_good, reason))
+            self._reasons.append(_Reason(rank, blame, f"rank {rank}{colon} {how}"))
             self._changed.notify_all()
         if first:
             os.write(self._write_fd, b"!")
@@ -233,6 +290,7 @@ class Ranks:
 
     def _end_all(self) -> None:
         """Nobody is to wait for ranks that will not come."""
+        self._ending = True
         for handle in self._handles.values():
             if handle.ended() is None:
                 handle.kill()

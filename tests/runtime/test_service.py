@@ -188,6 +188,26 @@ def test_a_killed_process_ends_every_request_with_its_reason() -> None:
     run(work())
 
 
+def test_a_process_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxlm.runtime.client.PATROL_S", 0.2)
+
+    async def work() -> None:
+        client = await EngineClient.start(
+            FACTORY, {"sizes": ENDLESS}, paths=[ROOT], show=lambda text: None, hang_s=1.0
+        )
+        stream = client.stream(endless("a"))
+        for _ in range(1000):  # while it works, nothing happens to it
+            await anext(stream)
+        os.kill(client.info.pid, signal.SIGSTOP)
+        with pytest.raises(EngineDead, match="hangs: it has work, and did nothing for 1 s"):
+            async for _ in stream:
+                pass
+        assert "hangs" in await client.ended()
+        await client.close()
+
+    run(work())
+
+
 def test_a_fault_of_the_worker_is_told_in_its_own_words() -> None:
     async def work() -> None:
         client = await EngineClient.start(

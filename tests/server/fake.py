@@ -65,12 +65,18 @@ class FakeEngine:
         self.hold_first = False  # the first token waits too
         self.fail_after: int | None = None  # tokens until every request fails
         self.dead: str | None = None
+        self.gone = asyncio.Event()  # its process has ended
         self.requests: list[Request] = []
         self.aborted: list[tuple[str, int]] = []
         self.sinks: dict[str, Sink] = {}
         self.tasks: dict[tuple[str, int], asyncio.Task[None]] = {}
 
     def trouble(self) -> str | None:
+        return self.dead
+
+    async def ended(self) -> str:
+        await self.gone.wait()
+        assert self.dead is not None
         return self.dead
 
     def submit(self, request: Request, sink: Sink) -> None:

@@ -63,7 +63,7 @@ def test_two_hundred_disconnects(running: Running) -> None:
 
 
 def test_engine_death(start: Starter, caplog: pytest.LogCaptureFixture) -> None:
-    """Running requests, later ones and /health all tell the reason; the server lives on."""
+    """Running requests, later ones and /health all tell the reason; then the server ends."""
     server = start()
     server.engine.hold = True
     client = server.client()
@@ -80,6 +80,10 @@ def test_engine_death(start: Starter, caplog: pytest.LogCaptureFixture) -> None:
     assert said == "Not healthy: out of luck."
     assert caplog.text.count("secret") == 1  # what it printed is for the operator's log alone
     assert server.http.get("/metrics").status_code == 200
+    server.call(server.engine.gone.set)
+    server.thread.join(WAIT_S)
+    assert not server.thread.is_alive()
+    assert server.server.lost == "out of luck; its last lines:\nsecret"
 
 
 def test_engine_death_before_the_first_token(start: Starter) -> None:

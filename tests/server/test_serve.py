@@ -66,13 +66,12 @@ class Process:
 
 @pytest.fixture
 def serve(repo: Path, tmp_path: Path) -> Iterator[list[Process]]:
-    """Put processes here; what the test leaves running is ended."""
+    """Put processes here; they are stopped at the end, if the test has not done it."""
     made: list[Process] = []
     checkpoint(tmp_path)
     yield made
     for item in made:
-        if item.process.poll() is None:
-            item.stop()
+        item.stop()
 
 
 def test_whole_way(serve: list[Process], repo: Path, tmp_path: Path) -> None:
@@ -111,17 +110,20 @@ def test_whole_way(serve: list[Process], repo: Path, tmp_path: Path) -> None:
     assert not Path(f"/proc/{engine}").exists()
 
 
-def test_engine_that_dies(serve: list[Process], repo: Path, tmp_path: Path) -> None:
+def test_engine_that_dies(
+    serve: list[Process], repo: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The request is told why, and then the server ends, so that a supervisor starts it anew."""
     server = Process(repo, tmp_path, '{"die_at": 3}')
     serve.append(server)
     with pytest.raises(openai.APIStatusError) as caught:
         server.client.completions.create(model="fake", prompt="abc", max_tokens=20)
     assert caught.value.status_code == 503
     assert caught.value.code == "engine_dead"
-    reply = server.http.get("/health")
-    assert reply.status_code == 503
-    assert "exit code 9" in reply.json()["error"]["message"]
-    assert server.stop() == 0
+    assert "exit code 9" in caught.value.message
+    assert server.process.wait(60) == 1
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last == "fxlm serve: the engine process ended with exit code 9"
 
 
 def test_engine_that_does_not_start(repo: Path, tmp_path: Path) -> None:
