@@ -8,11 +8,15 @@ import sys
 import tempfile
 from pathlib import Path
 
+from fxlm.compiler.artifact import Artifact
 from fxlm.compiler.cost import Shape
-from fxlm.compiler.errors import InvalidOption
+from fxlm.compiler.errors import ArtifactError, InvalidOption
 from fxlm.runtime.explain import text
 from fxlm.runtime.launch import engine_options
 from fxlm.runtime.options import EngineOptions
+
+DIFFERENT = 1  # exit status of `fxlm diff`: numbers moved by more than the tolerance
+RESHAPED = 3  # they did not, or were not compared, but graphs, weights or rewrites differ
 
 
 def explain_command(args: argparse.Namespace) -> int:
@@ -87,26 +91,37 @@ def bisect_command(args: argparse.Namespace) -> int:
 
 
 def diff_command(args: argparse.Namespace) -> int:
-    """``fxlm diff``: structure, then numbers; 1 if an error is above the tolerance."""
-    from fxlm.compiler.artifact import open_artifact
+    """``fxlm diff``: structure, then numbers; see `DIFFERENT` and `RESHAPED` for the status."""
     from fxlm.models.checkpoint import open_checkpoint
     from fxlm.runtime.explain.diff import numbers, structure
 
-    first, second = open_artifact(args.first), open_artifact(args.second)
+    first, second = _artifact("ARTIFACT_A", args.first), _artifact("ARTIFACT_B", args.second)
     changes = structure(first, second)
     for change in changes:
         print(change.line())
-    print(f"{len(changes)} differences of structure")
+    made = sum(not change.given for change in changes)
+    print(f"{len(changes) - made} differences of what went in, {made} of what came out")
+    status = RESHAPED if made and args.structure == "fail" else 0
     if args.model is None:
         print("numbers were not compared: name the checkpoint with --model")
-        return 0
+        return status
     found = numbers(first, second, open_checkpoint(args.model))
     for mode, errors in found.items():
         print(f"{mode:<16} {errors.text()}")
     worst = max(errors.absolute for errors in found.values())
     verdict = "within" if worst <= args.tolerance else "ABOVE"
     print(f"largest error {worst:.2e} nats, {verdict} the tolerance of {args.tolerance:g}")
-    return 0 if worst <= args.tolerance else 1
+    return status if worst <= args.tolerance else DIFFERENT
+
+
+def _artifact(name: str, path: Path) -> Artifact:
+    """Open one; status 2 if it cannot be, which is no verdict on what differs."""
+    from fxlm.compiler.artifact import open_artifact
+
+    try:
+        return open_artifact(path)
+    except ArtifactError as error:
+        raise InvalidOption(name, str(path), str(error)) from error
 
 
 def _shape(values: tuple[int, int, int]) -> Shape:
