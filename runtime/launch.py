@@ -95,7 +95,7 @@ def make_engine(**values: Any) -> Engine:
     from fxlm.runtime.worker import build_engine, set_threads
 
     options = from_mapping(values)
-    phases = {"start process": time.time() - process_started()}
+    phases = {"start engine": time.time() - process_started()}
     started = time.perf_counter()
 
     def report(stage: str, seconds: float) -> None:
@@ -115,7 +115,7 @@ def make_engine(**values: Any) -> Engine:
     for line in plan.lines():
         _say(line)
     took = time.perf_counter() - started
-    phases["rest"] = took - (sum(phases.values()) - phases["start process"])
+    phases["rest"] = took - (sum(phases.values()) - phases["start engine"])
     passes = {p["name"]: (p["rewrites"], p["seconds"])
               for p in compilation.artifact.manifest["passes"]}  # fmt: skip
     found = "hit" if compilation.miss is None else compilation.miss.kind

@@ -103,6 +103,18 @@ def test_the_start_and_the_tier_are_told() -> None:
     assert found["fxlm:pass_seconds", "fuse_qkv"] == 0.5
 
 
+def test_the_phases_of_a_start_add_up_to_the_time_until_the_server_listens() -> None:
+    collector = EngineCollector(lambda: Stats(startup={"import": 0.5, "load weights": 0.25}), {})
+    collector.ready_s = 1.0
+    phases = {
+        sample.labels["phase"]: sample.value
+        for family in collector.collect()
+        for sample in family.samples
+        if sample.name == "fxlm:startup_seconds"
+    }
+    assert phases == {"import": 0.5, "load weights": 0.25, "server": 0.25}
+
+
 def test_names(running: Running) -> None:
     assert read(running)[0] >= NAMES
 
