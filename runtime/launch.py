@@ -20,6 +20,7 @@ from fxlm.runtime.options import EngineOptions, from_mapping
 from fxlm.runtime.parallel.choice import choose_backend, num_ranks, torchrun_process
 
 if TYPE_CHECKING:
+    from fxlm.runtime.compile import Compilation
     from fxlm.runtime.engine import Engine
 
 FACTORY = "fxlm.runtime.launch:make_engine"
@@ -120,8 +121,26 @@ def make_engine(**values: Any) -> Engine:
               for p in compilation.artifact.manifest["passes"]}  # fmt: skip
     found = "hit" if compilation.miss is None else compilation.miss.kind
     engine.started(dict(phases), found, passes)
+    if num_ranks(options) == 1:
+        _check_weights(engine, options, compilation)
     _say(f"engine ready after {took:.1f} s, {engine.worker.tier}")
     return engine
+
+
+def _check_weights(engine: Engine, options: EngineOptions, compilation: Compilation) -> None:
+    """Hold mapped weights against their checksums meanwhile; the engine is told."""
+    from fxlm.runtime import integrity
+    from fxlm.runtime.tiers import wake
+    from fxlm.runtime.worker import prepared_file
+
+    def told(state: str) -> None:
+        engine.weights_are(state)
+        wake()
+
+    path = prepared_file(compilation, options)
+    if path is not None and path.exists():
+        engine.weights_are("unchecked")
+        integrity.watch(path, told)
 
 
 def explain_cache_command(args: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 
@@ -143,6 +144,13 @@ def load_prepared(
     device = torch.device(artifact.manifest["model"]["device"])
     folder = cache_directory(options.cache_dir) / "weights"
     return prepared.load(artifact, compilation.checkpoint, device, folder, options.prepared_weights)
+
+
+def prepared_file(compilation: Compilation, options: EngineOptions) -> Path | None:
+    """Where those weights are kept; None if they are not."""
+    folder = cache_directory(options.cache_dir) / "weights"
+    artifact, checkpoint = compilation.artifact, compilation.checkpoint
+    return prepared.place_of(artifact, checkpoint, folder, options.prepared_weights).path
 
 
 def build_engine(

@@ -147,7 +147,14 @@ class EngineCollector(Collector):
         )
         for reason in ("absent", "damaged", "changed"):
             misses.add_metric([*self.values, reason], float(stats.artifact == reason))
-        return tier, seconds, hits, misses
+        weights = GaugeMetricFamily(
+            "fxlm:prepared_weights",
+            "1 for what is known of the prepared weights that are mapped from a file.",
+            labels=[*self.names, "state"],
+        )
+        for state in ("unchecked", "whole", "damaged"):
+            weights.add_metric([*self.values, state], float(stats.weights == state))
+        return tier, seconds, hits, misses, weights
 
     def passes(self, stats: Stats) -> Iterable[Metric]:
         """What each pass of the compiler did when the artifact was made."""

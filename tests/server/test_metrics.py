@@ -85,7 +85,7 @@ def test_speculation_is_told_where_something_is_drafted() -> None:
 
 def test_the_start_and_the_tier_are_told() -> None:
     stats = Stats(tier="interpreted", startup={"load weights": 0.25}, artifact="changed",
-                  passes={"fuse_qkv": (5, 0.5)})  # fmt: skip
+                  weights="whole", passes={"fuse_qkv": (5, 0.5)})  # fmt: skip
     collector = EngineCollector(lambda: stats, {})
     found = {
         (sample.name, *sample.labels.values()): sample.value
@@ -99,6 +99,8 @@ def test_the_start_and_the_tier_are_told() -> None:
     assert found[("fxlm:artifact_cache_hits_total",)] == 0.0
     assert found["fxlm:artifact_cache_misses_total", "changed"] == 1.0
     assert found["fxlm:artifact_cache_misses_total", "damaged"] == 0.0
+    assert found["fxlm:prepared_weights", "whole"] == 1.0
+    assert found["fxlm:prepared_weights", "damaged"] == 0.0
     assert found["fxlm:pass_rewrites", "fuse_qkv"] == 5
     assert found["fxlm:pass_seconds", "fuse_qkv"] == 0.5
 
