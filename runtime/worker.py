@@ -130,9 +130,17 @@ class ModelWorker:
 
 def set_threads(choice: int | None) -> tuple[int, str]:
     """Use as many CPU threads as this process has cores, or as asked for."""
-    count, why = machine.num_cores() if choice is None else (choice, "asked for")
+    cores, whence = machine.num_cores()
+    count, why = (cores, whence) if choice is None else (choice, "asked for")
+    if count > cores:
+        why = "asked for, more than there are cores"
     if torch.get_num_threads() != count:
         torch.set_num_threads(count)
+        if count > cores:
+            _log.warning(
+                "%d threads, but %d %s: they wait for one another at every layer; leave --threads "
+                "out, or give at most %d", count, cores, whence, cores,
+            )  # fmt: skip
     return count, why
 
 
