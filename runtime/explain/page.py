@@ -15,6 +15,7 @@ import jinja2
 
 from fxlm.runtime.explain.charts import error_chart, roofline, time_chart, unrest
 from fxlm.runtime.explain.drawing import draw
+from fxlm.runtime.explain.text import RECOMPUTED, UNCACHED
 
 KINDS = {"+": "added", "-": "removed", "@": "place"}
 
@@ -36,6 +37,8 @@ def render(report: Mapping[str, Any]) -> str:
         times=[(s["name"], time_chart(passes, s["name"])) for s in report["shapes"]],
         unrest=unrest(passes),
         roofline=roofline(passes, report["machine"]),
+        uncached=UNCACHED,
+        recomputed=RECOMPUTED,
         largest=max(entry["nodes_after"] for entry in passes),
     )
 

@@ -229,10 +229,12 @@ def _costs(snapshot: Snapshot, shapes: Sequence[Shape]) -> list[dict[str, Any]]:
 
     program = snapshot.program.copy()
     cut = hoist(program)
-    return [
-        {"shape": shape.name, **cost.summary(cost.step_cost(program, shape, cut))}
-        for shape in shapes
-    ]
+    rows = []
+    for shape in shapes:
+        run = cost.shape_run(program, shape)
+        counted = cost.summary(cost.step_cost(program, shape, cut))
+        rows.append({"shape": shape.name, "tokens": run.num_seqs * run.num_new, **counted})
+    return rows
 
 
 # ---- with and without ------------------------------------------------------------------------
