@@ -52,13 +52,16 @@ def explain_command(args: argparse.Namespace) -> int:
 
 def verify_command(args: argparse.Namespace) -> int:
     """``fxlm verify``: errors by mode, then the stamp; 1 if they are above the tolerance."""
-    from fxlm.runtime.explain.verify import verify
+    from fxlm.runtime.explain.verify import EXACT, verify
 
     stamp, made = verify(_options(args), tolerance=args.tolerance, report=_report)
     for mode, found in stamp.errors.items():
-        print(f"{mode:<16} {found['absolute']:9.2e} nats  {found['relative']:9.2e} relative  "
+        print(f"{mode:<16} {found['absolute']:9.2e} nats  {found['typical']:9.2e} typically  "
               f"top-1 {found['agreement']:6.1%} of {found['num_rows']} rows")  # fmt: skip
-    print(f"the captured graph in {stamp.dtype} itself: {stamp.rounding:.2e} nats")
+    print(f"the captured graph in {stamp.dtype} itself: {stamp.rounding:.2e} nats; allowed "
+          f"{stamp.tolerance:.2e}, typically {stamp.typical_tolerance:.2e}")  # fmt: skip
+    if stamp.column is not None:
+        print(f"the passes in float32: {stamp.column:.2e} nats; allowed {EXACT:g}")
     print(stamp.line())
     print(made.artifact.path)
     return 0 if stamp.passed else 1

@@ -31,8 +31,10 @@ class Stamp:
         dtype: of the model.
         errors: by mode, what `fxlm.runtime.explain.compare.Errors.as_json` gives.
         rounding: error of the captured graph itself in this dtype, in nats.
-        tolerance: in nats.
-        passed: whether no error is above it.
+        tolerance: of the largest error of a mode, in nats.
+        typical_tolerance: of the root mean square of a mode, in nats.
+        column: largest error of the passes in float32, in nats; None: not held.
+        faults: what is above its limit, in words; empty if nothing is.
     """
 
     manifest: str
@@ -42,7 +44,14 @@ class Stamp:
     errors: Mapping[str, Mapping[str, Any]]
     rounding: float
     tolerance: float
-    passed: bool
+    typical_tolerance: float
+    column: float | None
+    faults: list[str]
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing is above its limit."""
+        return not self.faults
 
     @property
     def largest(self) -> float:
@@ -53,10 +62,12 @@ class Stamp:
         """The stamp as a line."""
         agreement = min(float(found["agreement"]) for found in self.errors.values())
         verdict = "verified" if self.passed else "VERIFIED AND FOUND WRONG"
-        return (
+        column = "" if self.column is None else f", passes in float32 {self.column:.2g}"
+        return "; ".join([
             f"{verdict} {self.date[:10]}: largest error {self.largest:.2g} nats against float32 "
-            f"(tolerance {self.tolerance:.2g}), top-1 {agreement:.1%}"
-        )
+            f"(tolerance {self.tolerance:.2g}){column}, top-1 {agreement:.1%}",
+            *self.faults,
+        ])  # fmt: skip
 
 
 def write(artifact: Artifact, stamp: Stamp) -> None:
