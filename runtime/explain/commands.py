@@ -23,6 +23,7 @@ def explain_command(args: argparse.Namespace) -> int:
     """``fxlm explain``: a line a pass, or all of one pass; the page and the JSON where asked."""
     from fxlm.compiler.cache import cache_directory
     from fxlm.models.checkpoint import open_checkpoint
+    from fxlm.runtime.explain import kept
     from fxlm.runtime.explain.page import render
     from fxlm.runtime.explain.report import SHAPES, Choices, explain
     from fxlm.runtime.options import compile_options
@@ -37,10 +38,12 @@ def explain_command(args: argparse.Namespace) -> int:
         layers=args.layers, times="compiled" if args.time else "interpreted",
         shapes=tuple(map(_shape, args.shapes)) if args.shapes else SHAPES,
     )  # fmt: skip
+    root = cache_directory(options.cache_dir)
     report = explain(
-        checkpoint, compile_options(options), choices,
-        cache_dir=cache_directory(options.cache_dir), wanted=wanted, tell=_say,
+        checkpoint, compile_options(options), choices, cache_dir=root, wanted=wanted, tell=_say,
     )  # fmt: skip
+    if not (wanted or args.layers or args.shapes):  # what a server's page shows, too
+        kept.keep(report, kept.place_of(checkpoint, compile_options(options), root))
     for line in text.lines(report, wanted):
         print(line)
     for path, content in ((args.json, json.dumps), (args.html, render)):
