@@ -70,6 +70,19 @@ class Stamp:
         ])  # fmt: skip
 
 
+def require_writable(artifact: Artifact) -> None:
+    """Tell before minutes of work that its result cannot be put there.
+
+    Raises:
+        InvalidOption: the artifact cannot be written.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=artifact.path):
+            pass
+    except OSError as error:
+        raise _refused(artifact, error) from error
+
+
 def write(artifact: Artifact, stamp: Stamp) -> None:
     """Put the stamp into the artifact, whole or not at all.
 
@@ -83,8 +96,12 @@ def write(artifact: Artifact, stamp: Stamp) -> None:
         os.chmod(name, 0o644)
         os.replace(name, artifact.path / FILE)
     except OSError as error:
-        reason = f"the stamp cannot be written there ({error.strerror}); verify a copy of your own"
-        raise InvalidOption("artifact", str(artifact.path), reason) from error
+        raise _refused(artifact, error) from error
+
+
+def _refused(artifact: Artifact, error: OSError) -> InvalidOption:
+    reason = f"the stamp cannot be written there ({error.strerror}); verify a copy of your own"
+    return InvalidOption("artifact", str(artifact.path), reason)
 
 
 def read(artifact: Artifact, weights: str) -> Stamp | None:

@@ -43,9 +43,13 @@ def verify(
         tolerance: nats of the largest error of a log-probability, and nothing else is held then;
             None: by rounding, and the column in float32 is held, too.
         report: see `fxlm.runtime.compile.compile_model`.
+
+    Raises:
+        InvalidOption: the artifact cannot be written, so no stamp can be put there.
     """
     made = compile_for(options, report=report)
     checkpoint, artifact = made.checkpoint, made.artifact
+    stamp.require_writable(artifact)
     model, choices = artifact.manifest["model"], compile_options(options)
     prompts = fixtures.fixture_prompts(
         checkpoint, model["vocab_size"], model["max_position_embeddings"]

@@ -140,3 +140,14 @@ def test_a_copied_stamp_is_none(verified: Verified, tmp_path: Path) -> None:
 def test_an_artifact_that_cannot_be_written_is_named(verified: Verified) -> None:
     with pytest.raises(InvalidOption, match="cannot be written"):
         stamp.write(replace(verified[1].artifact, path=Path("/proc/nothing")), verified[0])
+
+
+def test_it_is_named_before_anything_is_run(
+    options: EngineOptions, verified: Verified, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = replace(verified[1].artifact, path=Path("/proc/nothing"))
+    made = replace(verified[1], artifact=there)
+    monkeypatch.setattr(verifying, "compile_for", lambda *args, **kwargs: made)
+    monkeypatch.setattr(verifying.subjects, "reference", None)  # a run would call it
+    with pytest.raises(InvalidOption, match="cannot be written"):
+        verify(options)
