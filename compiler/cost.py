@@ -62,12 +62,16 @@ class Cost:
 
 def step_cost(program: Program, shape: Shape, cut: Cut | None = None) -> Cost:
     """Cost of one step of a program at any stage (its ``hoist`` may be given)."""
-    cut = cut or hoist(program)
-    paged = program.stage not in ("captured", "bound")
-    used = shape if paged else Shape(
+    return _Counter(program, cut or hoist(program), shape_run(program, shape)).count()
+
+
+def shape_run(program: Program, shape: Shape) -> Shape:
+    """The step that a program runs for a shape: without a cache, all of the context as new."""
+    if program.stage not in ("captured", "bound"):
+        return shape
+    return Shape(
         name=shape.name, num_seqs=shape.num_seqs, num_new=shape.context, context=shape.context
-    )  # fmt: skip
-    return _Counter(program, cut, used).count()
+    )
 
 
 class _Counter:

@@ -77,6 +77,11 @@ def num_layers(config: Mapping[str, Any]) -> int | None:
     return _find(text_config(config), "num_layers")
 
 
+def num_heads(config: Mapping[str, Any]) -> int | None:
+    """Query heads (of the widest layer) by a raw config; None if it leaves them to its class."""
+    return _find(text_config(config), "num_attention_heads")
+
+
 def facts(source: Any) -> ModelFacts:
     """Read the facts of a raw config dict, a config object, or a model that has one.
 

@@ -181,13 +181,17 @@ def compile(model: str, *, output: str | Path | None = None, **options: Any) -> 
 
 def _refuse_foreign(path: Path) -> None:
     """An output directory is replaced whole, so it must be new, empty, or an artifact."""
-    if path.is_dir():
-        names = {item.name for item in path.iterdir()}
-        if not names or (names <= PARTS and artifacts.is_manifest(path / artifacts.MANIFEST)):
-            return
-        raise InvalidOption("--output", str(path), "it holds other files; name a new directory")
-    if path.exists() or not path.parent.is_dir():
-        raise InvalidOption("--output", str(path), "name a directory in one that exists")
+    try:
+        if path.is_dir():
+            names = {item.name for item in path.iterdir()}
+            if not names or (names <= PARTS and artifacts.is_manifest(path / artifacts.MANIFEST)):
+                return
+            raise InvalidOption("--output", str(path), "it holds other files; name a new directory")
+        if path.exists() or not path.parent.is_dir():
+            raise InvalidOption("--output", str(path), "name a directory in one that exists")
+    except OSError as error:
+        reason = f"{(error.strerror or str(error)).lower()}; name a directory that can be read"
+        raise InvalidOption("--output", str(path), reason) from error
 
 
 @contextmanager

@@ -457,6 +457,10 @@ class Engine:
         self._stats.artifact = artifact
         self._stats.passes = passes
 
+    def weights_are(self, state: str) -> None:
+        """Note what is known of mapped weights; see `Stats`. From any thread."""
+        self._stats.weights = state
+
     def stats(self) -> Stats:
         """Numbers of this moment and totals; the object is reused by the next call."""
         stats, scheduler = self._stats, self.scheduler

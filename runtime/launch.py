@@ -20,6 +20,7 @@ from fxlm.runtime.options import EngineOptions, from_mapping
 from fxlm.runtime.parallel.choice import choose_backend, num_ranks, torchrun_process
 
 if TYPE_CHECKING:
+    from fxlm.runtime.compile import Compilation
     from fxlm.runtime.engine import Engine
 
 HANG_S = 4.0  # the ranks notice each other first
@@ -99,7 +100,7 @@ def make_engine(**values: Any) -> Engine:
     from fxlm.runtime.worker import build_engine, set_threads
 
     options = from_mapping(values)
-    phases = {"start process": time.time() - process_started()}
+    phases = {"start engine": time.time() - process_started()}
     started = time.perf_counter()
 
     def report(stage: str, seconds: float) -> None:
@@ -119,13 +120,31 @@ def make_engine(**values: Any) -> Engine:
     for line in plan.lines():
         _say(line)
     took = time.perf_counter() - started
-    phases["rest"] = took - (sum(phases.values()) - phases["start process"])
+    phases["rest"] = took - (sum(phases.values()) - phases["start engine"])
     passes = {p["name"]: (p["rewrites"], p["seconds"])
               for p in compilation.artifact.manifest["passes"]}  # fmt: skip
     found = "hit" if compilation.miss is None else compilation.miss.kind
     engine.started(dict(phases), found, passes)
+    if num_ranks(options) == 1:
+        _check_weights(engine, options, compilation)
     _say(f"engine ready after {took:.1f} s, {engine.worker.tier}")
     return engine
+
+
+def _check_weights(engine: Engine, options: EngineOptions, compilation: Compilation) -> None:
+    """Hold mapped weights against their checksums meanwhile; the engine is told."""
+    from fxlm.runtime import integrity
+    from fxlm.runtime.tiers import wake
+    from fxlm.runtime.worker import prepared_file
+
+    def told(state: str) -> None:
+        engine.weights_are(state)
+        wake()
+
+    path = prepared_file(compilation, options)
+    if path is not None and path.exists():
+        engine.weights_are("unchecked")
+        integrity.watch(path, told)
 
 
 def explain_cache_command(args: argparse.Namespace) -> int:
@@ -143,14 +162,12 @@ def explain_cache_command(args: argparse.Namespace) -> int:
 
 
 def compile_command(args: argparse.Namespace) -> int:
-    """``fxlm compile``: stages with their seconds, then where the artifact is."""
-    from fxlm.runtime.compile import compile_for
+    """``fxlm compile``: stages with their seconds, then where the artifact of each rank is."""
     from fxlm.runtime.drafting import compile_draft
 
     started = time.perf_counter()
-    output = Path(args.output) if getattr(args, "output", None) else None
     options = engine_options(args)
-    result = compile_for(options, output=output, report=_report)
+    result, *others = _compile_ranks(options, getattr(args, "output", None))
     artifact = result.artifact
     draft = compile_draft(options, artifact, _report)
     for line in artifact.manifest["passes"]:
@@ -163,9 +180,31 @@ def compile_command(args: argparse.Namespace) -> int:
     print(f"{how}: {len(regions)} regions called {calls} times a step, "
           f"{artifact.nbytes / 2**20:.1f} MiB, {seconds:.1f} s")  # fmt: skip
     print(artifact.path)
+    for rank, other in enumerate(others, 1):
+        print(f"rank {rank}: {other.artifact.path}")
     if draft is not None:
         print(f"draft model: {draft.artifact.path}")
     return 0
+
+
+def _compile_ranks(options: EngineOptions, output: str | None) -> list[Compilation]:
+    """The artifact of every rank; of a single one, at ``output`` if that is given.
+
+    Raises:
+        InvalidOption: the artifacts of several ranks have no place in one directory.
+    """
+    from fxlm.runtime.compile import compile_for
+
+    if num_ranks(options) == 1:
+        place = Path(output) if output else None
+        return [compile_for(options, output=place, report=_report)]
+    from fxlm.runtime.parallel.build import compile_ranks, refuse_ranks
+
+    if output:
+        reason = "each rank has an artifact of its own; leave it out, and they go into the cache"
+        raise InvalidOption("--output", output, reason)
+    refuse_ranks(options)
+    return compile_ranks(options, num_ranks(options), _report)
 
 
 def plan_command(args: argparse.Namespace) -> int:
@@ -234,17 +273,23 @@ def _plan_hardware(
 
 def quantize_command(args: argparse.Namespace) -> int:
     """``fxlm quantize``: a line a layer, then how much smaller the checkpoint is."""
+    from fxlm.compiler.schemes import OPTION
     from fxlm.runtime.quantize import quantize_checkpoint
 
-    done = quantize_checkpoint(
-        args.model,
-        args.scheme,
-        Path(args.output),
-        calibration=Path(args.calibration) if args.calibration else None,
-        budget_error=args.budget_error,
-        revision=args.revision,
-        trust_remote_code=args.trust_remote_code,
-    )
+    try:
+        done = quantize_checkpoint(
+            args.model,
+            args.scheme,
+            Path(args.output),
+            calibration=Path(args.calibration) if args.calibration else None,
+            budget_error=args.budget_error,
+            revision=args.revision,
+            trust_remote_code=args.trust_remote_code,
+        )
+    except InvalidOption as error:
+        if error.field != OPTION:
+            raise
+        raise InvalidOption("--scheme", error.value, error.remedy) from error  # its name here
     for line in done.lines():
         print(line)
     print(args.output)

@@ -5,6 +5,7 @@ Machine totals mislead in a container; the smallest of all limits counts.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import time
@@ -37,6 +38,20 @@ def process_started() -> float:
     except (OSError, ValueError, IndexError):
         return time.time()
     return time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")
+
+
+def step_aside() -> None:
+    """Make this process the least of all: cores that nobody wants, and first to go without memory.
+
+    Where the system refuses, it stays as it is.
+    """
+    with contextlib.suppress(OSError):
+        os.nice(19)
+    if hasattr(os, "SCHED_IDLE"):
+        with contextlib.suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
 
 
 def memory_limit_bytes() -> tuple[int, str]:

@@ -150,6 +150,7 @@ class Stats(msgspec.Struct, tag=True, kw_only=True):
         startup: seconds from the start of the engine's process to its being ready, by phase.
         artifact: ``hit`` if the cache had the artifact, else why not: ``absent``, ``damaged`` or
             ``changed``.
+        weights: of prepared weights that are mapped: ``unchecked``, ``whole`` or ``damaged``.
         passes: of the compilation that made the artifact, by name: rewrites and seconds.
     """
 
@@ -174,6 +175,7 @@ class Stats(msgspec.Struct, tag=True, kw_only=True):
     tier: str = ""
     startup: dict[str, float] = msgspec.field(default_factory=dict)
     artifact: str = ""
+    weights: str = ""
     passes: dict[str, tuple[int, float]] = msgspec.field(default_factory=dict)
 
 

@@ -8,8 +8,8 @@ time that reading takes (docs/performance.md has the figures).
 
 A note beside the file holds its size, its time of modification and a checksum of each tensor. A
 file that has been touched or moved since is read whole and held against the checksums, once; one
-that does not agree is prepared anew. Not here: the load graph
-(`fxlm.compiler.step`), which weights there are (the artifact).
+that does not agree is prepared anew. Not here: the load graph (`fxlm.compiler.step`), which weights
+there are (the artifact), files that nobody touched (`integrity`).
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from fxlm.compiler.errors import InvalidModel
 from fxlm.compiler.step import WINDOW_BYTES, load_weights
 from fxlm.models.checkpoint import Checkpoint
 from fxlm.models.safetensors_file import TORCH_NAMES, SafetensorsFile
+from fxlm.runtime.integrity import note_file
 from fxlm.runtime.options import PreparedWeights
 
 _log = logging.getLogger(__name__)
@@ -125,7 +126,7 @@ def _verify(file: SafetensorsFile) -> None:
     Raises:
         ValueError, OSError: there is no note, or the file is not what was written.
     """
-    note = json.loads(_note_file(file.path).read_text())
+    note = json.loads(note_file(file.path).read_text())
     if not isinstance(note, dict) or not {"stamp", "crc32"} <= set(note):
         raise ValueError("its note is damaged")
     if note["stamp"] == _stamp(file.path):
@@ -138,10 +139,6 @@ def _verify(file: SafetensorsFile) -> None:
         _write_note(file.path, {**note, "stamp": _stamp(file.path)})
 
 
-def _note_file(path: Path) -> Path:
-    return path.with_suffix(".json")
-
-
 def _stamp(path: Path) -> list[int]:
     """Size in bytes and time of modification in nanoseconds: a file written to has another."""
     stat = path.stat()
@@ -152,7 +149,7 @@ def _write_note(path: Path, note: Mapping[str, object]) -> None:
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".note.", delete=False) as file:
         json.dump(note, file)
     os.chmod(file.name, 0o644)
-    os.replace(file.name, _note_file(path))
+    os.replace(file.name, note_file(path))
 
 
 def _bytes(flat: torch.Tensor) -> memoryview:
@@ -318,7 +315,7 @@ def make_room(folder: Path, nbytes: int) -> str:
         oldest = files.pop(0)
         taken -= oldest.stat().st_size
         oldest.unlink(missing_ok=True)  # who has it mapped keeps it
-        _note_file(oldest).unlink(missing_ok=True)
+        note_file(oldest).unlink(missing_ok=True)
     if shutil.disk_usage(folder).free - nbytes < FREE_SHARE * disk.total:
         return f"less than {FREE_SHARE:.0%} of the disk of {folder} would stay free"
     return ""

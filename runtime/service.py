@@ -191,7 +191,7 @@ class Service:
         ended = sum(stats.finished.values())
         told = (
             *(stats.num_steps, stats.num_running, stats.num_waiting, ended),
-            *(stats.num_messages_bad, stats.tier),
+            *(stats.num_messages_bad, stats.tier, stats.weights),
         )
         if told != self._stats_told:
             self._stats_told = told

@@ -80,7 +80,7 @@ class Background:
         def wait() -> None:
             try:
                 take(self.next_artifact())
-                _wake()
+                wake()
             except FxlmError as error:
                 fail(str(error))
             finally:
@@ -130,7 +130,7 @@ def first_tier(
     return first, background
 
 
-def _wake() -> None:
+def wake() -> None:
     """Let an idle service notice, if this process runs one (then it handles this signal)."""
     if callable(signal.getsignal(signal.SIGUSR1)):
         os.kill(os.getpid(), signal.SIGUSR1)

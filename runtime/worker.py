@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 
@@ -129,9 +130,17 @@ class ModelWorker:
 
 def set_threads(choice: int | None) -> tuple[int, str]:
     """Use as many CPU threads as this process has cores, or as asked for."""
-    count, why = machine.num_cores() if choice is None else (choice, "asked for")
+    cores, whence = machine.num_cores()
+    count, why = (cores, whence) if choice is None else (choice, "asked for")
+    if count > cores:
+        why = "asked for, more than there are cores"
     if torch.get_num_threads() != count:
         torch.set_num_threads(count)
+        if count > cores:
+            _log.warning(
+                "%d threads, but %d %s: they wait for one another at every layer; leave --threads "
+                "out, or give at most %d", count, cores, whence, cores,
+            )  # fmt: skip
     return count, why
 
 
@@ -143,6 +152,13 @@ def load_prepared(
     device = torch.device(artifact.manifest["model"]["device"])
     folder = cache_directory(options.cache_dir) / "weights"
     return prepared.load(artifact, compilation.checkpoint, device, folder, options.prepared_weights)
+
+
+def prepared_file(compilation: Compilation, options: EngineOptions) -> Path | None:
+    """Where those weights are kept; None if they are not."""
+    folder = cache_directory(options.cache_dir) / "weights"
+    artifact, checkpoint = compilation.artifact, compilation.checkpoint
+    return prepared.place_of(artifact, checkpoint, folder, options.prepared_weights).path
 
 
 def build_engine(

@@ -145,10 +145,13 @@ def create_app(
         },
     )
     app.router.redirect_slashes = False  # a redirect would name a host that the client chose
+    bridge = Bridge(engine, served, numbers, options.max_num_queued_reqs)
     app.state.explorer = explorer
+    if explorer is not None:
+        explorer.busy = lambda: bridge.num_live > 0
     app.state.fxlm = ServerState(
         served=served,
-        bridge=Bridge(engine, served, numbers, options.max_num_queued_reqs),
+        bridge=bridge,
         metrics=numbers,
         options=options,
     )

@@ -41,11 +41,19 @@ def shape(text: str) -> tuple[int, int, int]:
     return seqs, new, context
 
 
+def nats(text: str) -> float:
+    """A tolerance; NaN would let nothing pass and a negative one neither."""
+    value = float(text)
+    if not value >= 0.0:
+        raise argparse.ArgumentTypeError(f"{text} is no tolerance; give a number from 0 up")
+    return value
+
+
 def add_verify_options(parser: argparse.ArgumentParser) -> Any:
     """What counts as wrong."""
     group = parser.add_argument_group("search")
     group.add_argument(
-        "--tolerance", type=float, metavar="NATS",
+        "--tolerance", type=nats, metavar="NATS",
         help="error of a log-probability that is a fault (default: a multiple of rounding)",
     )  # fmt: skip
     return group
@@ -73,7 +81,12 @@ def add_diff(commands: Any, run: Callable[[argparse.Namespace], int | None]) -> 
         "--model", metavar="MODEL", help="checkpoint of both: compare their numbers, too"
     )
     parser.add_argument(
-        "--tolerance", type=float, default=0.05, metavar="NATS",
+        "--tolerance", type=nats, default=0.05, metavar="NATS",
         help="error of a log-probability above which the exit status is 1 (default: 0.05)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--structure", choices=("fail", "ignore"), default="fail",
+        help="exit status where numbers are within the tolerance, but graphs, weights or counts of"
+        " rewrites differ: 3, or 0 (default: fail)",
     )  # fmt: skip
     return parser

@@ -61,10 +61,16 @@ class Timing:
 
 
 class EngineCollector(Collector):
-    """The engine's latest numbers, turned into metrics at the moment of scraping."""
+    """The engine's latest numbers, turned into metrics at the moment of scraping.
+
+    Attributes:
+        ready_s: seconds from the start of this process, the user's command, until it listened;
+            0.0: it does not yet, or is not known.
+    """
 
     def __init__(self, read: Callable[[], Stats], labels: Mapping[str, str]) -> None:
         self.read = read
+        self.ready_s = 0.0
         self.names = list(labels)
         self.values = list(labels.values())
 
@@ -123,10 +129,12 @@ class EngineCollector(Collector):
             tier.add_metric([*self.values, name], float(stats.tier == name))
         seconds = GaugeMetricFamily(
             "fxlm:startup_seconds",
-            "Seconds from the start of the engine's process to its being ready, by phase.",
+            "Seconds from the start of the command until the server listens, by phase; server: "
+            "what its own process took before, beside and after the engine's.",
             labels=[*self.names, "phase"],
         )
-        for phase, value in stats.startup.items():
+        own = {"server": self.ready_s - sum(stats.startup.values())}
+        for phase, value in (stats.startup | (own if self.ready_s else {})).items():
             seconds.add_metric([*self.values, phase], value)
         hits = CounterMetricFamily(
             "fxlm:artifact_cache_hits", "Artifacts found in the cache.", labels=self.names
@@ -139,7 +147,14 @@ class EngineCollector(Collector):
         )
         for reason in ("absent", "damaged", "changed"):
             misses.add_metric([*self.values, reason], float(stats.artifact == reason))
-        return tier, seconds, hits, misses
+        weights = GaugeMetricFamily(
+            "fxlm:prepared_weights",
+            "1 for what is known of the prepared weights that are mapped from a file.",
+            labels=[*self.names, "state"],
+        )
+        for state in ("unchecked", "whole", "damaged"):
+            weights.add_metric([*self.values, state], float(stats.weights == state))
+        return tier, seconds, hits, misses, weights
 
     def passes(self, stats: Stats) -> Iterable[Metric]:
         """What each pass of the compiler did when the artifact was made."""
@@ -186,7 +201,8 @@ class Metrics:
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
         GCCollector(registry=self.registry)
-        self.registry.register(EngineCollector(read_stats, self.labels))
+        self.engine = EngineCollector(read_stats, self.labels)
+        self.registry.register(self.engine)
         self.add_counters()
         self.add_time_histograms()
         self.add_token_histograms(max_model_len)

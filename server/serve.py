@@ -13,6 +13,7 @@ import signal
 import socket
 import stat
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from fxlm.compiler.errors import EngineDead, InvalidOption
+from fxlm.runtime.machine import process_started
 from fxlm.server.app import create_app
 from fxlm.server.errors import first_line, unavailable
 from fxlm.server.explorer import Explorer
@@ -164,6 +166,7 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, then say so."""
         await super().startup(sockets)
+        self.state.metrics.engine.ready_s = time.time() - process_started()
         if self.options.is_public and not self.options.api_keys:
             log.warning("no --api-key: anyone who reaches %s can use the model", self.options.host)
         model = self.state.served.names[0]

@@ -8,17 +8,22 @@ import sys
 import tempfile
 from pathlib import Path
 
+from fxlm.compiler.artifact import Artifact
 from fxlm.compiler.cost import Shape
-from fxlm.compiler.errors import InvalidOption
+from fxlm.compiler.errors import ArtifactError, InvalidOption
 from fxlm.runtime.explain import text
 from fxlm.runtime.launch import engine_options
 from fxlm.runtime.options import EngineOptions
+
+DIFFERENT = 1  # exit status of `fxlm diff`: numbers moved by more than the tolerance
+RESHAPED = 3  # they did not, or were not compared, but graphs, weights or rewrites differ
 
 
 def explain_command(args: argparse.Namespace) -> int:
     """``fxlm explain``: a line a pass, or all of one pass; the page and the JSON where asked."""
     from fxlm.compiler.cache import cache_directory
     from fxlm.models.checkpoint import open_checkpoint
+    from fxlm.runtime.explain import kept
     from fxlm.runtime.explain.page import render
     from fxlm.runtime.explain.report import SHAPES, Choices, explain
     from fxlm.runtime.options import compile_options
@@ -33,10 +38,12 @@ def explain_command(args: argparse.Namespace) -> int:
         layers=args.layers, times="compiled" if args.time else "interpreted",
         shapes=tuple(map(_shape, args.shapes)) if args.shapes else SHAPES,
     )  # fmt: skip
+    root = cache_directory(options.cache_dir)
     report = explain(
-        checkpoint, compile_options(options), choices,
-        cache_dir=cache_directory(options.cache_dir), wanted=wanted, tell=_say,
+        checkpoint, compile_options(options), choices, cache_dir=root, wanted=wanted, tell=_say,
     )  # fmt: skip
+    if not (wanted or args.layers or args.shapes):  # what a server's page shows, too
+        kept.keep(report, kept.place_of(checkpoint, compile_options(options), root))
     for line in text.lines(report, wanted):
         print(line)
     for path, content in ((args.json, json.dumps), (args.html, render)):
@@ -48,13 +55,16 @@ def explain_command(args: argparse.Namespace) -> int:
 
 def verify_command(args: argparse.Namespace) -> int:
     """``fxlm verify``: errors by mode, then the stamp; 1 if they are above the tolerance."""
-    from fxlm.runtime.explain.verify import verify
+    from fxlm.runtime.explain.verify import EXACT, verify
 
     stamp, made = verify(_options(args), tolerance=args.tolerance, report=_report)
     for mode, found in stamp.errors.items():
-        print(f"{mode:<16} {found['absolute']:9.2e} nats  {found['relative']:9.2e} relative  "
+        print(f"{mode:<16} {found['absolute']:9.2e} nats  {found['typical']:9.2e} typically  "
               f"top-1 {found['agreement']:6.1%} of {found['num_rows']} rows")  # fmt: skip
-    print(f"the captured graph in {stamp.dtype} itself: {stamp.rounding:.2e} nats")
+    print(f"the captured graph in {stamp.dtype} itself: {stamp.rounding:.2e} nats; allowed "
+          f"{stamp.tolerance:.2e}, typically {stamp.typical_tolerance:.2e}")  # fmt: skip
+    if stamp.column is not None:
+        print(f"the passes in float32: {stamp.column:.2e} nats; allowed {EXACT:g}")
     print(stamp.line())
     print(made.artifact.path)
     return 0 if stamp.passed else 1
@@ -87,26 +97,37 @@ def bisect_command(args: argparse.Namespace) -> int:
 
 
 def diff_command(args: argparse.Namespace) -> int:
-    """``fxlm diff``: structure, then numbers; 1 if an error is above the tolerance."""
-    from fxlm.compiler.artifact import open_artifact
+    """``fxlm diff``: structure, then numbers; see `DIFFERENT` and `RESHAPED` for the status."""
     from fxlm.models.checkpoint import open_checkpoint
     from fxlm.runtime.explain.diff import numbers, structure
 
-    first, second = open_artifact(args.first), open_artifact(args.second)
+    first, second = _artifact("ARTIFACT_A", args.first), _artifact("ARTIFACT_B", args.second)
     changes = structure(first, second)
     for change in changes:
         print(change.line())
-    print(f"{len(changes)} differences of structure")
+    made = sum(not change.given for change in changes)
+    print(f"{len(changes) - made} differences of what went in, {made} of what came out")
+    status = RESHAPED if made and args.structure == "fail" else 0
     if args.model is None:
         print("numbers were not compared: name the checkpoint with --model")
-        return 0
+        return status
     found = numbers(first, second, open_checkpoint(args.model))
     for mode, errors in found.items():
         print(f"{mode:<16} {errors.text()}")
     worst = max(errors.absolute for errors in found.values())
     verdict = "within" if worst <= args.tolerance else "ABOVE"
     print(f"largest error {worst:.2e} nats, {verdict} the tolerance of {args.tolerance:g}")
-    return 0 if worst <= args.tolerance else 1
+    return status if worst <= args.tolerance else DIFFERENT
+
+
+def _artifact(name: str, path: Path) -> Artifact:
+    """Open one; status 2 if it cannot be, which is no verdict on what differs."""
+    from fxlm.compiler.artifact import open_artifact
+
+    try:
+        return open_artifact(path)
+    except ArtifactError as error:
+        raise InvalidOption(name, str(path), str(error)) from error
 
 
 def _shape(values: tuple[int, int, int]) -> Shape:

@@ -40,6 +40,7 @@ class Errors:
     Attributes:
         absolute: largest error of a log-probability, in nats; infinite where one is NaN, or
             where a row has none at all.
+        typical: root mean square over all those ids of all rows, in nats.
         relative: largest error of a row, as a share of its largest log-probability.
         agreement: share of rows whose most likely id is the same.
         num_rows: rows compared.
@@ -47,6 +48,7 @@ class Errors:
     """
 
     absolute: float
+    typical: float
     relative: float
     agreement: float
     num_rows: int
@@ -94,12 +96,21 @@ def joined(parts: Sequence[Scores]) -> Scores:
     )
 
 
+def chosen_rows(scores: Scores, rows: Sequence[Row]) -> Scores:
+    """Those rows of a run, which it must have."""
+    place = {row: i for i, row in enumerate(scores.rows)}
+    index = torch.tensor([place[row] for row in rows])
+    return Scores(
+        rows=list(rows), logprobs=scores.logprobs[index], known=scores.known[index],
+        best=scores.best[index],
+    )  # fmt: skip
+
+
 def compare(found: Scores, reference: Scores) -> Errors:
     """Errors of ``found``, whose rows must all be in ``reference``."""
-    place = {row: i for i, row in enumerate(reference.rows)}
-    index = torch.tensor([place[row] for row in found.rows])
-    exact, known = reference.logprobs[index], reference.known[index] & found.known
-    chosen = known & (_first(found.logprobs, found.known) | _first(exact, reference.known[index]))
+    reference = chosen_rows(reference, found.rows)
+    exact, known = reference.logprobs, reference.known & found.known
+    chosen = known & (_first(found.logprobs, found.known) | _first(exact, reference.known))
     silent = ~chosen.any(-1)  # a row of NaN, of which no id is drawn
     difference = torch.where(found.logprobs == exact, 0.0, (found.logprobs - exact).abs())
     difference = torch.where(chosen, difference.nan_to_num(nan=torch.inf, posinf=torch.inf), 0.0)
@@ -107,8 +118,9 @@ def compare(found: Scores, reference: Scores) -> Errors:
     size = torch.where(chosen, exact.abs(), 0.0).amax(-1).clamp(min=1e-6)
     return Errors(
         absolute=float(worst.max()),
+        typical=float((difference.square().sum() / chosen.sum().clamp(min=1)).sqrt()),
         relative=float((worst / size).max()),
-        agreement=float((found.best == reference.best[index]).float().mean()),
+        agreement=float((found.best == reference.best).float().mean()),
         num_rows=len(found.rows),
         worst=found.rows[int(worst.argmax())],
     )

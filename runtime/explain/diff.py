@@ -1,7 +1,8 @@
 """Diff: two artifacts against each other, in structure and in numbers.
 
-For a gate on a library upgrade: what changed of graphs, passes, versions and options, and by how
-much the log-probabilities of fixture prompts moved. Not here: printing (`commands`).
+For a gate on a library upgrade: what went in (versions, options, sources of passes), what came out
+(rewrites, graphs, weights), and by how much the log-probabilities of fixture prompts moved. Not
+here: printing (`commands`).
 """
 
 from __future__ import annotations
@@ -23,11 +24,17 @@ from fxlm.runtime.explain.verify import scores_of
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Change:
-    """One difference of structure: what, and how it is in each artifact (None: absent)."""
+    """One difference: what, and how it is in each artifact (None: absent).
+
+    Attributes:
+        given: it is of what the compilation was given, such as a version or an option; else of
+            what it made of that.
+    """
 
     what: str
     first: Any
     second: Any
+    given: bool = False
 
     def line(self) -> str:
         """As one line."""
@@ -37,9 +44,8 @@ class Change:
 def structure(first: Artifact, second: Artifact) -> list[Change]:
     """Every difference of factors, passes, graphs, calls, weights and caches."""
     a, b = first.manifest, second.manifest
-    changes = list(_mappings("", _factors(a), _factors(b)))
+    changes = [*_mappings("", _factors(a), _factors(b)), *_options(a["factors"], b["factors"])]
     changes += _passes(a["passes"], b["passes"])
-    changes += _options(a["factors"], b["factors"])
     for name in dict.fromkeys([*a["regions"], *b["regions"]]):
         changes += _region(first, second, name)
     loads = [_ops(artifact, "load.json") for artifact in (first, second)]
@@ -89,7 +95,7 @@ def _factors(manifest: Mapping[str, Any]) -> dict[str, Any]:
 def _mappings(prefix: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[Change]:
     for name in dict.fromkeys([*a, *b]):
         if a.get(name) != b.get(name):
-            yield Change(what=prefix + name, first=a.get(name), second=b.get(name))
+            yield Change(what=prefix + name, first=a.get(name), second=b.get(name), given=True)
 
 
 def _passes(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> Iterator[Change]:
@@ -101,8 +107,10 @@ def _passes(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> Iterator[Change
     for name in (n for n in names[0] if n in right):
         for key in ("source", "rewrites"):
             if left[name][key] != right[name][key]:
-                what = f"pass {name}, {key}"
-                yield Change(what=what, first=left[name][key], second=right[name][key])
+                yield Change(
+                    what=f"pass {name}, {key}", first=left[name][key], second=right[name][key],
+                    given=key == "source",
+                )  # fmt: skip
 
 
 def _options(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[Change]:

@@ -15,7 +15,12 @@ import jinja2
 
 from fxlm.runtime.explain.charts import error_chart, roofline, time_chart, unrest
 from fxlm.runtime.explain.drawing import draw
+from fxlm.runtime.explain.text import RECOMPUTED, UNCACHED
 
+BESIDE = (
+    "Measured beside a running server: time of the processor, of one thread. Compare the two bars "
+    "of a row, not these times with those of the server."
+)
 KINDS = {"+": "added", "-": "removed", "@": "place"}
 
 
@@ -36,6 +41,9 @@ def render(report: Mapping[str, Any]) -> str:
         times=[(s["name"], time_chart(passes, s["name"])) for s in report["shapes"]],
         unrest=unrest(passes),
         roofline=roofline(passes, report["machine"]),
+        beside=BESIDE,
+        uncached=UNCACHED,
+        recomputed=RECOMPUTED,
         largest=max(entry["nodes_after"] for entry in passes),
     )
 

@@ -7,10 +7,13 @@ printed (`commands`), the comparison itself (`compare`).
 from __future__ import annotations
 
 import platform
+import re
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +57,8 @@ class Choices:
         times: time steps: ``none``, ``interpreted``, or ``compiled`` (minutes).
         limits: measure what the machine can do.
         shapes: of the steps whose costs and times are told.
+        beside: a server runs on this machine: memory is left to its weights, and times are of the
+            processor, of one thread, as the process stands still while requests run.
     """
 
     layers: int | None = None
@@ -61,6 +66,12 @@ class Choices:
     times: str = "interpreted"
     limits: bool = True
     shapes: tuple[Shape, ...] = SHAPES
+    beside: bool = False
+
+    @property
+    def clock(self) -> probe.Clock:
+        """What times are measured with."""
+        return time.process_time if self.beside else time.perf_counter
 
 
 def explain(
@@ -92,6 +103,10 @@ def explain(
     with ExitStack() as stack:
         total = num_layers(checkpoint.config)
         count = choices.layers or _affordable(checkpoint, choices)
+        left_out = _unaffordable(checkpoint, choices, count)
+        if left_out:
+            tell(left_out)
+            count, choices = 0, replace(choices, numbers=False, times="none")
         if count and count != total:
             place = stack.enter_context(tempfile.TemporaryDirectory())
             checkpoint = shorten(checkpoint, count, Path(place))
@@ -114,6 +129,8 @@ def explain(
             },
             "prompts": [len(p) for p in maker.prompts] if choices.numbers else [],
             "times": choices.times,
+            "made": {"date": datetime.now(UTC).isoformat(timespec="seconds"),
+                     "beside": choices.beside, "left_out": left_out},
             "machine": _machine(facts.dtype, choices),
             "versions": {"python": platform.python_version(), **key.versions()},
             "shapes": [asdict(shape) for shape in choices.shapes],
@@ -125,17 +142,43 @@ def _affordable(checkpoint: Checkpoint, choices: Choices) -> int:
     """Layers to look at: 0 for all."""
     if not choices.numbers and choices.times == "none":
         return 0
-    tensors = checkpoint.tensors.values()
-    exact = sum(4 * info.num_bytes // info.torch_dtype.itemsize for info in tensors)
-    fits = exact + checkpoint.num_bytes < machine.memory_available_bytes() // 2
+    fits = _needed_bytes(checkpoint) <= _spare_bytes(checkpoint, choices)
     return 0 if fits else min(DEFAULT_LAYERS, num_layers(checkpoint.config))
+
+
+def _unaffordable(checkpoint: Checkpoint, choices: Choices, count: int) -> str:
+    """Why a server's own memory is in the way even of so many layers; empty if it is not."""
+    if not choices.beside or (not choices.numbers and choices.times == "none"):
+        return ""
+    needed, spare = _needed_bytes(checkpoint, count), _spare_bytes(checkpoint, choices)
+    if needed <= spare:
+        return ""
+    return (f"errors and times are left out: they need {needed / 2**30:.1f} GiB, and "
+            f"{spare / 2**30:.1f} GiB may be taken beside a server")  # fmt: skip
+
+
+def _needed_bytes(checkpoint: Checkpoint, count: int = 0) -> int:
+    """Bytes, stored and in float32, of the first ``count`` layers (0: all) and what is outside."""
+    total = 0
+    for name, info in checkpoint.tensors.items():
+        number = re.search(r"\.(\d+)\.", name)
+        if number is None or not count or int(number[1]) < count:
+            exact = 4 * info.num_bytes // info.torch_dtype.itemsize
+            total += exact + info.num_bytes
+    return total
+
+
+def _spare_bytes(checkpoint: Checkpoint, choices: Choices) -> int:
+    """Half of the memory that is free; mapped weights of a server count as free, and are not."""
+    served = checkpoint.num_bytes if choices.beside else 0
+    return max(0, machine.memory_available_bytes() - served) // 2
 
 
 def _machine(dtype: torch.dtype, choices: Choices) -> dict[str, Any]:
     found: dict[str, Any] = {"threads": torch.get_num_threads(), "architecture": platform.machine()}
     if choices.limits:
-        found["read_gbs"] = probe.read_bandwidth_gbs(repeats=3)
-        found["matmul_tflops"] = probe.matmul_rate_tflops(dtype, repeats=3)
+        found["read_gbs"] = probe.read_bandwidth_gbs(repeats=3, clock=choices.clock)
+        found["matmul_tflops"] = probe.matmul_rate_tflops(dtype, repeats=3, clock=choices.clock)
     return found
 
 
@@ -198,7 +241,7 @@ class _Report:
             return None
         sizes = (self.sizes["vocab_size"], self.sizes["block_size"])
         call = timing.step_call(stage, PREFILL, *sizes)
-        return timing.in_turns({"it": call})["it"]
+        return timing.in_turns({"it": call}, self.choices.clock)["it"]
 
 
 def _structure(snapshot: Snapshot, before: Snapshot | None) -> dict[str, Any]:
@@ -225,14 +268,15 @@ def _structure(snapshot: Snapshot, before: Snapshot | None) -> dict[str, Any]:
 
 
 def _costs(snapshot: Snapshot, shapes: Sequence[Shape]) -> list[dict[str, Any]]:
-    """Operations and bytes of a step of each shape."""
-
+    """Operations and bytes of a step of each shape, and the tokens that the stage runs for it."""
     program = snapshot.program.copy()
     cut = hoist(program)
-    return [
-        {"shape": shape.name, **cost.summary(cost.step_cost(program, shape, cut))}
-        for shape in shapes
-    ]
+    rows = []
+    for shape in shapes:
+        run = cost.shape_run(program, shape)
+        counted = cost.summary(cost.step_cost(program, shape, cut))
+        rows.append({"shape": shape.name, "tokens": run.num_seqs * run.num_new, **counted})
+    return rows
 
 
 # ---- with and without ------------------------------------------------------------------------
@@ -259,7 +303,7 @@ def _add_times(
                 entry["without"] = {"reason": reason}
                 continue
             tell(f"the step without {entry['name']}")
-            entry["without"] = {"times": _both(whole, make(entry["name"]), choices.shapes)}
+            entry["without"] = {"times": _both(whole, make(entry["name"]), choices)}
 
 
 def _needed(name: str, checkpoint: Checkpoint, options: CompileOptions) -> str:
@@ -275,16 +319,16 @@ def _needed(name: str, checkpoint: Checkpoint, options: CompileOptions) -> str:
 def _both(
     whole: subjects.ArtifactSubject,
     without: subjects.ArtifactSubject,
-    shapes: Sequence[Shape],
+    choices: Choices,
 ) -> list[dict[str, Any]]:
     model = whole.artifact.manifest["model"]
     sizes = (model["vocab_size"], model["block_size"])
     rows = []
-    for shape in shapes:
+    for shape in choices.shapes:
         calls = {
             "with": timing.step_call(whole, shape, *sizes),
             "without": timing.step_call(without, shape, *sizes),
         }
-        found = timing.in_turns(calls)
+        found = timing.in_turns(calls, choices.clock)
         rows.append({"shape": shape.name, "with_ms": found["with"], "without_ms": found["without"]})
     return rows

@@ -31,8 +31,10 @@ class Stamp:
         dtype: of the model.
         errors: by mode, what `fxlm.runtime.explain.compare.Errors.as_json` gives.
         rounding: error of the captured graph itself in this dtype, in nats.
-        tolerance: in nats.
-        passed: whether no error is above it.
+        tolerance: of the largest error of a mode, in nats.
+        typical_tolerance: of the root mean square of a mode, in nats.
+        column: largest error of the passes in float32, in nats; None: not held.
+        faults: what is above its limit, in words; empty if nothing is.
     """
 
     manifest: str
@@ -42,7 +44,14 @@ class Stamp:
     errors: Mapping[str, Mapping[str, Any]]
     rounding: float
     tolerance: float
-    passed: bool
+    typical_tolerance: float
+    column: float | None
+    faults: list[str]
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing is above its limit."""
+        return not self.faults
 
     @property
     def largest(self) -> float:
@@ -53,10 +62,25 @@ class Stamp:
         """The stamp as a line."""
         agreement = min(float(found["agreement"]) for found in self.errors.values())
         verdict = "verified" if self.passed else "VERIFIED AND FOUND WRONG"
-        return (
+        column = "" if self.column is None else f", passes in float32 {self.column:.2g}"
+        return "; ".join([
             f"{verdict} {self.date[:10]}: largest error {self.largest:.2g} nats against float32 "
-            f"(tolerance {self.tolerance:.2g}), top-1 {agreement:.1%}"
-        )
+            f"(tolerance {self.tolerance:.2g}){column}, top-1 {agreement:.1%}",
+            *self.faults,
+        ])  # fmt: skip
+
+
+def require_writable(artifact: Artifact) -> None:
+    """Tell before minutes of work that its result cannot be put there.
+
+    Raises:
+        InvalidOption: the artifact cannot be written.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=artifact.path):
+            pass
+    except OSError as error:
+        raise _refused(artifact, error) from error
 
 
 def write(artifact: Artifact, stamp: Stamp) -> None:
@@ -72,8 +96,12 @@ def write(artifact: Artifact, stamp: Stamp) -> None:
         os.chmod(name, 0o644)
         os.replace(name, artifact.path / FILE)
     except OSError as error:
-        reason = f"the stamp cannot be written there ({error.strerror}); verify a copy of your own"
-        raise InvalidOption("artifact", str(artifact.path), reason) from error
+        raise _refused(artifact, error) from error
+
+
+def _refused(artifact: Artifact, error: OSError) -> InvalidOption:
+    reason = f"the stamp cannot be written there ({error.strerror}); verify a copy of your own"
+    return InvalidOption("artifact", str(artifact.path), reason)
 
 
 def read(artifact: Artifact, weights: str) -> Stamp | None:

@@ -10,6 +10,11 @@ from fxlm.runtime.explain.charts import roofline, unrest
 Entry = Mapping[str, Any]
 HEADS = (("rewrites", 9), ("calls", 15), ("float32", 11), ("before", 11), ("top-1", 8),
          ("without", 10))  # fmt: skip
+UNCACHED = ("captured", "bound")  # stages without a KV cache
+RECOMPUTED = (
+    "before paged_attention there is no cache: each step runs the whole context anew, so these "
+    "figures are not to be held against those of later stages"
+)
 
 
 def lines(report: Mapping[str, Any], wanted: Sequence[str] = ()) -> Iterator[str]:
@@ -64,9 +69,12 @@ def one_pass(entry: Entry) -> Iterator[str]:
     if "reason" in entry.get("without", {}):
         yield f"not timed without it: {entry['without']['reason']}"
     for cost in entry["costs"]:
-        yield (f"{cost['shape']:<24} {cost['operations'] / 1e9:.3g} GFLOP, "
+        yield (f"{cost['shape']:<24} {cost['tokens']} tokens run, "
+               f"{cost['operations'] / 1e9:.3g} GFLOP, "
                f"{cost['weight_bytes'] / 1e6:.3g} MB of weights, "
                f"{cost['cache_bytes'] / 1e6:.3g} MB of cache")  # fmt: skip
+    if entry["stage"] in UNCACHED:
+        yield RECOMPUTED
     layer = entry["layer"]
     if layer["diff"]:
         yield (

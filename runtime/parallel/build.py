@@ -12,8 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+<<<<<<< HEAD
 from fxlm.compiler.errors import EngineDead, InvalidOption, PeersLost
 from fxlm.models.facts import num_layers
+=======
+from fxlm.compiler.errors import EngineDead, InvalidOption
+from fxlm.models.facts import num_heads, num_layers
+>>>>>>> five
 from fxlm.runtime.batch import Batch
 from fxlm.runtime.compile import Compilation, Prefix, Report, compile_for, open_for
 from fxlm.runtime.engine import Engine, EngineConfig
@@ -117,7 +122,7 @@ def build_parallel(
 ) -> tuple[Engine, MemoryPlan, Compilation]:
     """As `fxlm.runtime.worker.build_engine`, over several ranks."""
     place = place_of(options)
-    refuse_stages(options)
+    refuse_ranks(options)
     started_ranks = start_ranks(options, place.size)
     ranks = started_ranks.ranks
     share_cores(options, started_ranks.local_ranks)
@@ -154,16 +159,21 @@ def build_parallel(
     return engine, replace(plan, spec=worker.spec), made[0]
 
 
-def refuse_stages(options: EngineOptions) -> None:
-    """Refuse more stages than layers before there is a process for each.
+def refuse_ranks(options: EngineOptions) -> None:
+    """Refuse ranks that the model cannot be cut into, before there is a process for each.
 
     Raises:
-        InvalidOption: says how many layers there are.
+        InvalidOption: says how many layers or heads there are.
     """
-    stages, layers = options.pipeline_parallel_size, num_layers(open_for(options).config)
+    config = open_for(options).config
+    stages, layers = options.pipeline_parallel_size, num_layers(config)
     if layers is not None and stages > layers:
         reason = f"{layers} layers cannot be cut into {stages} stages; use {layers} or less"
         raise InvalidOption("pipeline_parallel_size", stages, reason)
+    ranks, heads = options.tensor_parallel_size, num_heads(config)
+    if heads is not None and heads % ranks:
+        reason = f"{heads} query heads cannot be shared out evenly; use a divisor of {heads}"
+        raise InvalidOption("tensor_parallel_size", ranks, reason)
 
 
 def start_ranks(options: EngineOptions, size: int) -> Started:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -132,6 +134,17 @@ def test_output_never_replaces_what_is_no_artifact(checkpoint: Checkpoint, tmp_p
             checkpoint, CompileOptions(eager=True), cache_dir=tmp_path, output=tmp_path / "keep"
         )
     assert (tmp_path / "keep" / "file.txt").read_text() == "precious"
+
+
+def test_an_output_that_cannot_be_read_is_named(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Path) -> NoReturn:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refuse)  # root may read everything
+    with pytest.raises(InvalidOption, match=r"--output.*permission denied"):
+        compile_model(checkpoint, CompileOptions(eager=True), cache_dir=tmp_path, output=tmp_path)
 
 
 def test_output_replaces_an_artifact(checkpoint: Checkpoint, tmp_path: Path) -> None:

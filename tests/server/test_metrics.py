@@ -85,7 +85,7 @@ def test_speculation_is_told_where_something_is_drafted() -> None:
 
 def test_the_start_and_the_tier_are_told() -> None:
     stats = Stats(tier="interpreted", startup={"load weights": 0.25}, artifact="changed",
-                  passes={"fuse_qkv": (5, 0.5)})  # fmt: skip
+                  weights="whole", passes={"fuse_qkv": (5, 0.5)})  # fmt: skip
     collector = EngineCollector(lambda: stats, {})
     found = {
         (sample.name, *sample.labels.values()): sample.value
@@ -99,8 +99,22 @@ def test_the_start_and_the_tier_are_told() -> None:
     assert found[("fxlm:artifact_cache_hits_total",)] == 0.0
     assert found["fxlm:artifact_cache_misses_total", "changed"] == 1.0
     assert found["fxlm:artifact_cache_misses_total", "damaged"] == 0.0
+    assert found["fxlm:prepared_weights", "whole"] == 1.0
+    assert found["fxlm:prepared_weights", "damaged"] == 0.0
     assert found["fxlm:pass_rewrites", "fuse_qkv"] == 5
     assert found["fxlm:pass_seconds", "fuse_qkv"] == 0.5
+
+
+def test_the_phases_of_a_start_add_up_to_the_time_until_the_server_listens() -> None:
+    collector = EngineCollector(lambda: Stats(startup={"import": 0.5, "load weights": 0.25}), {})
+    collector.ready_s = 1.0
+    phases = {
+        sample.labels["phase"]: sample.value
+        for family in collector.collect()
+        for sample in family.samples
+        if sample.name == "fxlm:startup_seconds"
+    }
+    assert phases == {"import": 0.5, "load weights": 0.25, "server": 0.25}
 
 
 def test_names(running: Running) -> None:

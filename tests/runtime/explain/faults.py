@@ -13,9 +13,20 @@ aten = torch.ops.aten
 @graph_pass(after="cleanup")
 def wrong_scale(program: Program) -> int:
     """A wrong pass: the second layer's MLP counts a tenth less."""
+    return scale(program, 0.9)
+
+
+@graph_pass(after="cleanup")
+def five_percent(program: Program) -> int:
+    """A wrong pass that half precision hides: that MLP counts 5 % less."""
+    return scale(program, 0.95)
+
+
+def scale(program: Program, factor: float) -> int:
+    """Multiply what the second layer's MLP adds."""
     (node,) = program.linears(r"layers\.1\.mlp\.down_proj$")
     with program.graph.inserting_before(node.next):
-        less = program.call(aten.mul.Scalar, node, 0.9, like=node)
+        less = program.call(aten.mul.Scalar, node, factor, like=node)
     node.replace_all_uses_with(less, delete_user_cb=lambda user: user is not less)
     return 1
 

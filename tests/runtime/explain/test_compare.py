@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import pytest
 import torch
 
-from fxlm.runtime.explain.compare import compare, from_logits, from_samples
+from fxlm.runtime.explain.compare import chosen_rows, compare, from_logits, from_samples
 
 ROWS = [(0, 0), (0, 1)]
 LOGITS = torch.randn(2, 50, generator=torch.Generator().manual_seed(0))
@@ -28,6 +31,19 @@ def test_an_error_is_found_where_it_is() -> None:
     assert found.worst == (0, 1)
     assert 15.0 < found.absolute < 21.0
     assert found.agreement == 0.5
+
+
+def test_a_typical_error_is_a_root_mean_square() -> None:
+    apart = from_logits(ROWS, LOGITS)
+    moved = apart.logprobs.clone()
+    moved[0] += 0.3  # the row, not its softmax
+    found = compare(dataclasses.replace(apart, logprobs=moved), apart)
+    assert found.typical == pytest.approx(0.3 / 2**0.5)
+
+
+def test_rows_are_chosen_by_place() -> None:
+    scores = from_logits(ROWS, LOGITS)
+    assert torch.equal(chosen_rows(scores, [ROWS[1]]).logprobs[0], scores.logprobs[1])
 
 
 def test_a_nan_is_an_infinite_error() -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fxlm.compiler.artifact import Artifact
+from fxlm.compiler.artifact import Artifact, write_manifest
 from fxlm.compiler.errors import InvalidOption
 from fxlm.compiler.options import CompileOptions
 from fxlm.models.checkpoint import Checkpoint, open_checkpoint
@@ -60,9 +62,44 @@ def test_numbers_that_moved_fail_the_gate(
     model = ["--model", str(checkpoint.path)]
     assert cli.main(["diff", *paths, *model]) == 1
     assert "ABOVE the tolerance" in capsys.readouterr().out
-    assert cli.main(["diff", *paths, *model, "--tolerance", "100"]) == 0
-    assert cli.main(["diff", *paths]) == 0
+    assert cli.main(["diff", *paths, *model, "--structure", "ignore"]) == 1
+    assert cli.main(["diff", *paths, *model, "--structure", "ignore", "--tolerance", "100"]) == 0
+
+
+def test_graphs_that_differ_have_a_status_of_their_own(
+    build: Build, checkpoint: Checkpoint, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [str(build().path), str(build(disabled=("fuse_qkv",)).path)]
+    assert cli.main(["diff", *paths]) == 3
     assert "numbers were not compared" in capsys.readouterr().out
+    assert cli.main(["diff", *paths, "--model", str(checkpoint.path)]) == 3
+    assert cli.main(["diff", *paths, "--structure", "ignore"]) == 0
+
+
+def test_versions_and_options_alone_do_not_fail_the_gate(
+    build: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    upgraded = tmp_path / "upgraded"
+    shutil.copytree(build().path, upgraded)
+    manifest = json.loads((upgraded / "manifest.json").read_text())
+    (upgraded / "manifest.json").unlink()
+    manifest["factors"]["versions"]["torch"] = "9.9"
+    own = ("format", "files", "digest")
+    write_manifest(upgraded, {k: v for k, v in manifest.items() if k not in own})
+    assert cli.main(["diff", str(build().path), str(upgraded)]) == 0
+    said = capsys.readouterr().out
+    assert "-> 9.9" in said
+    assert "1 differences of what went in, 0 of what came out" in said
+
+
+def test_an_artifact_that_cannot_be_read_is_no_difference(build: Build, tmp_path: Path) -> None:
+    assert cli.main(["diff", str(build().path), str(tmp_path)]) == 2
+
+
+@pytest.mark.parametrize("text", ["nan", "-1"])
+def test_a_tolerance_that_nothing_meets_is_refused(text: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["diff", "a", "b", "--tolerance", text])
 
 
 def test_another_checkpoint_is_refused(build: Build, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from fxlm.models.checkpoint import open_checkpoint
 from fxlm.models.tiny import write_checkpoint
 from fxlm.runtime.explain.page import render
 from fxlm.runtime.explain.report import Choices, explain
-from fxlm.runtime.explain.text import lines
+from fxlm.runtime.explain.text import RECOMPUTED, lines
 
 
 @pytest.mark.parametrize(("family", "kind"), [("llama", "tp"), ("mixtral", "tp"), ("llama", "pp")])
@@ -51,3 +51,14 @@ def test_costs_are_those_of_the_shapes_that_are_asked_for() -> None:
     assert cost["shape"] == "wide"
     assert cost["cache_bytes"] % cache == 0
     assert cost["cache_bytes"] > 0
+
+
+def test_costs_without_a_cache_say_that_the_context_is_run_anew() -> None:
+    shape = Shape(name="wide", num_seqs=32, num_new=1, context=1024)
+    choices = Choices(numbers=False, times="none", limits=False, shapes=(shape,))
+    report = explain(open_checkpoint("bundled-draft"), CompileOptions(), choices)
+    tokens = {entry["name"]: entry["costs"][0]["tokens"] for entry in report["passes"]}
+    assert (tokens["fuse_qkv"], tokens["paged_attention"]) == (32 * 1024, 32)
+    assert RECOMPUTED in lines(report, ["fuse_qkv"])
+    assert RECOMPUTED not in lines(report, ["pack_linears"])
+    assert RECOMPUTED.capitalize() in render(report)

@@ -11,15 +11,18 @@ import pytest
 
 from fxlm.compiler.artifact import open_artifact
 from fxlm.compiler.errors import InvalidOption
+from fxlm.compiler.options import CompileOptions
+from fxlm.models.checkpoint import open_checkpoint
 from fxlm.models.tiny import write_checkpoint
 from fxlm.runtime.compile import Compilation
 from fxlm.runtime.explain import stamp
 from fxlm.runtime.explain import verify as verifying
+from fxlm.runtime.explain.compare import Errors
 from fxlm.runtime.explain.fixtures import MODES
-from fxlm.runtime.explain.verify import verify
+from fxlm.runtime.explain.verify import EXACT, faults_of, limits_of, rounds, verify
 from fxlm.runtime.options import EngineOptions
 from fxlm.runtime.worker import load_prepared
-from tests.runtime.explain.faults import not_a_number, wrong_scale
+from tests.runtime.explain.faults import five_percent, not_a_number, wrong_scale
 
 Verified = tuple[stamp.Stamp, Compilation]
 
@@ -75,6 +78,39 @@ def test_tolerance_is_the_users(options: EngineOptions) -> None:
     assert verify(replace(options, passes=(wrong_scale,)), tolerance=100.0)[0].passed
 
 
+def test_a_fault_that_rounding_hides_shows_in_float32(tmp_path: Path) -> None:
+    path = write_checkpoint("llama", tmp_path / "half", dtype="bfloat16")
+    options = EngineOptions(model=str(path), enforce_eager=True, cache_dir=str(tmp_path))
+    found, made = verify(replace(options, passes=(five_percent,)))
+    assert found.largest <= found.tolerance
+    assert [fault.split(":")[0] for fault in found.faults] == ["the passes change the model"]
+    assert "the passes change the model" in stamp.line(made.artifact, found.weights)
+    honest, _ = verify(options)
+    assert honest.passed
+    assert honest.column is not None
+    assert honest.column < EXACT / 10
+
+
+def test_what_is_rounded_on_purpose_is_not_held_in_float32(options: EngineOptions) -> None:
+    checkpoint = open_checkpoint(options.model)
+    assert not rounds(CompileOptions(), checkpoint)
+    assert rounds(CompileOptions(kv_cache_dtype="int8"), checkpoint)
+    assert rounds(CompileOptions(quantization="int8"), checkpoint)
+
+
+def test_a_typical_error_counts_where_the_largest_hides_it() -> None:
+    def errors(absolute: float, typical: float) -> Errors:
+        return Errors(absolute=absolute, typical=typical, relative=0.0, agreement=1.0,
+                      num_rows=1, worst=(0, 0))  # fmt: skip
+
+    mode = "prefill alone"
+    limits = limits_of({mode: errors(0.6, 0.04)}, "bfloat16", None)
+    assert limits == (1.2, 0.08)
+    assert not list(faults_of({mode: errors(0.6, 0.05)}, limits, None))
+    (fault,) = faults_of({mode: errors(0.6, 0.09)}, limits, None)
+    assert "typically 0.09 nats" in fault
+
+
 def test_taps_and_steering_points_are_no_hindrance(options: EngineOptions) -> None:
     at = ("model.layers.0",)
     assert verify(replace(options, tap=at, steer=at))[0].passed
@@ -104,3 +140,14 @@ def test_a_copied_stamp_is_none(verified: Verified, tmp_path: Path) -> None:
 def test_an_artifact_that_cannot_be_written_is_named(verified: Verified) -> None:
     with pytest.raises(InvalidOption, match="cannot be written"):
         stamp.write(replace(verified[1].artifact, path=Path("/proc/nothing")), verified[0])
+
+
+def test_it_is_named_before_anything_is_run(
+    options: EngineOptions, verified: Verified, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = replace(verified[1].artifact, path=Path("/proc/nothing"))
+    made = replace(verified[1], artifact=there)
+    monkeypatch.setattr(verifying, "compile_for", lambda *args, **kwargs: made)
+    monkeypatch.setattr(verifying.subjects, "reference", None)  # a run would call it
+    with pytest.raises(InvalidOption, match="cannot be written"):
+        verify(options)

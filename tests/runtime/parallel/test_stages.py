@@ -13,6 +13,7 @@ from fxlm.compiler.errors import EngineDead, InvalidOption
 from fxlm.models.tiny import write_checkpoint
 from fxlm.runtime.check import generate
 from fxlm.runtime.engine import Engine
+from fxlm.runtime.parallel import build
 from fxlm.runtime.parallel.build import ParallelWorker
 from fxlm.runtime.sampling_params import SamplingParams
 from tests.models.formats.test_compressed_tensors import write as write_quantized
@@ -86,6 +87,15 @@ def test_more_stages_than_layers_are_refused(folder: Path) -> None:
     model = write_checkpoint("llama", folder / "few")
     with pytest.raises(InvalidOption, match="2 layers cannot be cut into 3 stages"):
         engine(model, pipeline_parallel_size=3)
+
+
+def test_heads_that_do_not_divide_are_refused_before_a_rank_starts(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write_checkpoint("llama", folder / "heads")
+    monkeypatch.setattr(build, "start_ranks", lambda *args: pytest.fail("ranks were started"))
+    with pytest.raises(InvalidOption, match="query heads cannot be shared out evenly"):
+        engine(model, tensor_parallel_size=64)
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
