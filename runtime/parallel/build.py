@@ -12,13 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-<<<<<<< HEAD
 from fxlm.compiler.errors import EngineDead, InvalidOption, PeersLost
-from fxlm.models.facts import num_layers
-=======
-from fxlm.compiler.errors import EngineDead, InvalidOption
 from fxlm.models.facts import num_heads, num_layers
->>>>>>> five
 from fxlm.runtime.batch import Batch
 from fxlm.runtime.compile import Compilation, Prefix, Report, compile_for, open_for
 from fxlm.runtime.engine import Engine, EngineConfig
