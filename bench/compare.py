@@ -81,6 +81,14 @@ class Peer:
         return answer
 
 
+@dataclass(frozen=True)
+class Block:
+    """Seconds of a prefill or a step, and the limit of its kind around it (see `Machine`)."""
+
+    seconds: float
+    limit: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shape:
     """What a model must move and multiply, from its config.
@@ -222,8 +230,8 @@ def _row(
 ) -> list[dict[str, object]]:
     """Every engine in turn until each has its blocks; a block in a bad spell does not count."""
     order = _order(name)
-    seconds: dict[str, list[float]] = {p.name: [] for p in peers}
-    spoilt = dict.fromkeys(seconds, 0)
+    blocks: dict[str, list[Block]] = {p.name: [] for p in peers}
+    spoilt = dict.fromkeys(blocks, 0)
     faults = {p.name: DECLINED[p.name, name] for p in peers if (p.name, name) in DECLINED}
     for peer in peers:  # compiles, fills prefix caches, touches memory
         if peer.name not in faults:
@@ -234,14 +242,14 @@ def _row(
             break
         for peer in peers:
             wanted = 2 if name in peer.slow else options.blocks
-            if peer.name in faults or len(seconds[peer.name]) >= wanted:
+            if peer.name in faults or len(blocks[peer.name]) >= wanted:
                 continue
-            value, good = _block(peer, order, name, machine, options.patience, faults)
-            if good:
-                seconds[peer.name].append(value)
+            block = _block(peer, order, name, machine, options.patience, faults)
+            if block is not None:
+                blocks[peer.name].append(block)
             else:
                 spoilt[peer.name] += 1
-    made = [_figures(name, p, seconds[p.name], spoilt[p.name], machine, shape) for p in peers]
+    made = [_figures(name, p, blocks[p.name], spoilt[p.name], machine, shape) for p in peers]
     for row in made:
         row["fault"] = faults.get(str(row["engine"]), "")
     _compare(made)
@@ -261,7 +269,8 @@ def _order(name: str) -> dict[str, Any]:
 def _block(
     peer: Peer, order: dict[str, Any], row: str, machine: Machine, patience: float,
     faults: dict[str, str],
-) -> tuple[float, bool]:  # fmt: skip
+) -> Block | None:  # fmt: skip
+    """None: in a bad spell, or without an answer."""
     before, started = machine.probe(), time.perf_counter()
     try:
         answer = peer.ask(order)
@@ -271,17 +280,22 @@ def _block(
         peer.slow.add(row)
     if "error" in answer:
         faults[peer.name] = answer["error"]
-        return math.nan, False
-    return float(answer["seconds"]), machine.is_good(order["do"], before, machine.probe())
+        return None
+    kind, after = str(order["do"]), machine.probe()
+    if not machine.is_good(kind, before, after):
+        return None
+    return Block(float(answer["seconds"]), (before[kind] + after[kind]) / 2)
 
 
 def _figures(
-    name: str, peer: Peer, seconds: list[float], spoilt: int, machine: Machine, shape: Shape
+    name: str, peer: Peer, blocks: list[Block], spoilt: int, machine: Machine, shape: Shape
 ) -> dict[str, object]:  # fmt: skip
-    row: dict[str, object] = {"row": name, "engine": peer.name, "blocks": len(seconds)}
+    """``share`` is of the best probe of the run, ``share_then`` of those around each block."""
+    row: dict[str, object] = {"row": name, "engine": peer.name, "blocks": len(blocks)}
     row["spoilt"] = spoilt
-    if not seconds:
+    if not blocks:
         return row
+    seconds = [block.seconds for block in blocks]
     order, median = _order(name), statistics.median(seconds)
     row |= {"seconds": median, "range": [min(seconds), max(seconds)]}
     if order["do"] == "prefill":
@@ -290,6 +304,7 @@ def _figures(
         row |= {
             "tokens_per_s": tokens / median,
             "share": flops / median / 1e12 / machine.best["prefill"],
+            "share_then": statistics.median(flops / b.seconds / 1e12 / b.limit for b in blocks),
         }
         return row | {"limit": machine.unit.replace("_", " ")}
     context = order["context"] + STEPS // 2
@@ -298,6 +313,7 @@ def _figures(
     row |= {"tokens_per_s": order["batch"] / median, "limit": "read bandwidth"}
     return row | {
         "share": moved / median / 1e9 / machine.best["decode"],
+        "share_then": statistics.median(moved / b.seconds / 1e9 / b.limit for b in blocks),
         "times_weight_floor": median / floor,
     }
 
@@ -315,7 +331,8 @@ def _compare(rows: list[dict[str, object]]) -> None:
 
 def _shown(row: dict[str, object]) -> dict[str, object]:
     keys = (
-        *("engine", "tokens_per_s", "seconds", "share", "limit", "times_weight_floor"),
+        *("engine", "tokens_per_s", "seconds", "share", "share_then", "limit"),
+        "times_weight_floor",
         *("times_best_peer", "blocks", "spoilt", "fault"),
     )
     return {key: row.get(key) for key in keys}
