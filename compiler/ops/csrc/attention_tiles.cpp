@@ -1,4 +1,5 @@
-// Attention on the tile unit (tile.h), for bf16 queries over a cache of bf16 or of codes.
+// Attention on the tile unit (tile.h), for bf16 queries over a cache of bf16. (Codes work here, too, but
+// decode slower than on vectors: `tiled_attention` leaves them there.)
 //
 // A block of keys is the second operand as it lies: 16 pairs of dimensions of 16 tokens a tile. Of
 // values, a tile is 32 tokens: blocks of 16 are copied two by two, which costs little beside the
