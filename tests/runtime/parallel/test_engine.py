@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from fxlm.compiler.errors import EngineDead, InvalidModel, InvalidOption, PassError
+from fxlm.compiler.errors import EngineDead, InvalidModel, InvalidOption
 from fxlm.compiler.step import load_weights
 from fxlm.models.checkpoint import Checkpoint, open_checkpoint
 from fxlm.models.tiny import write_checkpoint
@@ -186,7 +186,7 @@ def test_ranks_have_one_step_and_their_own_weights(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"tensor_parallel_size": 3}, PassError, "4 query heads do not divide"),
+        ({"tensor_parallel_size": 3}, InvalidOption, "4 query heads cannot be shared out"),
         ({"tensor_parallel_size": 2, "tap": ("model.layers.0",)}, InvalidOption, "use one rank"),
         ({"tensor_parallel_size": 0}, InvalidOption, "at least 1"),
         ({"sequence_parallel": True}, InvalidOption, "give tensor_parallel_size"),
