@@ -18,6 +18,8 @@ from torch import fx
 from fxlm.compiler.hoist import Cut, hoist
 from fxlm.compiler.program import Program
 
+UNCACHED = ("captured", "bound")  # stages without a KV cache
+
 aten = torch.ops.aten
 
 
@@ -67,7 +69,7 @@ def step_cost(program: Program, shape: Shape, cut: Cut | None = None) -> Cost:
 
 def shape_run(program: Program, shape: Shape) -> Shape:
     """The step that a program runs for a shape: without a cache, all of the context as new."""
-    if program.stage not in ("captured", "bound"):
+    if program.stage not in UNCACHED:
         return shape
     return Shape(
         name=shape.name, num_seqs=shape.num_seqs, num_new=shape.context, context=shape.context

@@ -57,7 +57,8 @@ def step_aside() -> None:
 def memory_limit_bytes() -> tuple[int, str]:
     """Memory this process may use in all, and which limit says so."""
     total = _meminfo("MemTotal")
-    limit = min(_group_numbers("memory.max", "memory/memory.limit_in_bytes"), default=total)
+    limits = _group_numbers(*(limit for limit, _, _ in _MEMORY_FILES))
+    limit = min(limits, default=total)
     return (limit, "control group") if limit < total else (total, "machine")
 
 

@@ -13,9 +13,10 @@ from typing import Any
 
 import jinja2
 
+from fxlm.compiler.cost import UNCACHED
 from fxlm.runtime.explain.charts import error_chart, roofline, time_chart, unrest
 from fxlm.runtime.explain.drawing import draw
-from fxlm.runtime.explain.text import RECOMPUTED, UNCACHED
+from fxlm.runtime.explain.text import RECOMPUTED
 
 BESIDE = (
     "Measured beside a running server: time of the processor, of one thread. Compare the two bars "

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from fxlm.compiler.cost import UNCACHED
 from fxlm.runtime.explain.charts import roofline, unrest
 
 Entry = Mapping[str, Any]
 HEADS = (("rewrites", 9), ("calls", 15), ("float32", 11), ("before", 11), ("top-1", 8),
          ("without", 10))  # fmt: skip
-UNCACHED = ("captured", "bound")  # stages without a KV cache
 RECOMPUTED = (
     "before paged_attention there is no cache: each step runs the whole context anew, so these "
     "figures are not to be held against those of later stages"

@@ -136,13 +136,8 @@ class Worker : RowTile {
     finish<T>(total_, 0, int(tile_.all_rows()));
   }
 
-  // The splits of one of the tile's heads.
   void fold_partials(int head, const float* partials) {
-    const int first = row_of(head), rows = int(tile_.rows);
-    clear(total_, rows);
-    for (int64_t i = 0; i < tile_.splits(); ++i)
-      fold(total_, partials + (i * tile_.all_rows() + first) * ld_, rows);
-    finish<T>(total_, first, rows);
+    fold_head<T>(head, partials, total_);
   }
 
  private:

@@ -73,7 +73,8 @@ void plan_sequence(const Attention& args, int64_t sequence, int64_t most_heads, 
   }
 }
 
-// A tile has up to `most_rows` rows, unless one group is larger. It is parted where it alone would keep one thread busy while others have nothing to do.
+// A tile has up to `most_rows` rows, unless one group is larger. It is parted where it alone would
+// keep one thread busy while others have nothing to do.
 Plan make_plan(const Attention& args, int64_t most_rows) {
   Plan plan;
   int64_t total = 0;

@@ -8,6 +8,7 @@
 
 #include "attention_plan.h"
 #include "kv_cache.h"
+#include "pages.h"
 
 namespace fxlm {
 namespace {
@@ -123,10 +124,8 @@ class RowTile {
   class Carver {
    public:
     explicit Carver(size_t floats) {
-      static thread_local std::vector<float> buffer;
-      if (buffer.size() < floats + 16) buffer.resize(floats + 16);
-      const auto address = reinterpret_cast<uintptr_t>(buffer.data());
-      next_ = buffer.data() + (round_up(address, 64) - address) / 4;
+      static thread_local Scratch buffer;
+      next_ = buffer.take<float>(int64_t(floats));
     }
     float* take(size_t count) { return std::exchange(next_, next_ + round_up(count, 16)); }
 
@@ -345,6 +344,16 @@ class RowTile {
           store(total + d, load(total + d) * old + load(more + d) * young);
       }
     }
+  }
+
+  // The splits of one of the tile's heads -> the output, by way of `total`.
+  template <class T>
+  void fold_head(int head, const float* partials, float* total) const {
+    const int first = row_of(head), rows = int(tile_.rows);
+    clear(total, rows);
+    for (int64_t i = 0; i < tile_.splits(); ++i)
+      fold(total, partials + (i * tile_.all_rows() + first) * ld_, rows);
+    finish<T>(total, first, rows);
   }
 
   // Totals of the rows from m on -> the output.

@@ -1,5 +1,4 @@
-// Attention on the tile unit (tile.h), for bf16 queries over a cache of bf16. (Codes work here, too, but
-// decode slower than on vectors: `tiled_attention` leaves them there.)
+// Attention on the tile unit (tile.h), for bf16 queries over a cache of bf16.
 //
 // A block of keys is the second operand as it lies: 16 pairs of dimensions of 16 tokens a tile. Of
 // values, a tile is 32 tokens: blocks of 16 are copied two by two, which costs little beside the
@@ -36,17 +35,6 @@ constexpr int kUnits = kTileBytes / 4;  // of a row of a tile: pairs, or sums
 constexpr int kBlock = 2 * kTileRows;  // rows of a 2 x 2 product
 constexpr int kManyRows = 256;         // of a tile
 constexpr int64_t kScoreBytes = kSplit * sizeof(float);  // from row to row
-
-Format format_of_tiles(const Attention& args) {
-  switch (args.store) {
-    case Store::int8:
-      return {pairs_of_codes<true>, copy_units<2>, &codes_of(args.store), 1};
-    case Store::fp8:
-      return {pairs_of_codes<false>, copy_units<2>, &codes_of(args.store), 1};
-    default:
-      return {nullptr, copy_units<2>, nullptr, 2};
-  }
-}
 
 // A matrix of pairs, row by row of a tile.
 struct Operand {
@@ -91,13 +79,8 @@ class TiledWorker : RowTile {
     finish<Bf16>(total_, 0, rows);
   }
 
-  // The splits of one of the tile's heads.
   void fold_partials(int head, const float* partials) {
-    const int first = row_of(head), rows = int(tile_.rows);
-    clear(total_, rows);
-    for (int64_t i = 0; i < tile_.splits(); ++i)
-      fold(total_, partials + (i * tile_.all_rows() + first) * ld_, rows);
-    finish<Bf16>(total_, first, rows);
+    fold_head<Bf16>(head, partials, total_);
   }
 
  private:
@@ -134,15 +117,12 @@ class TiledWorker : RowTile {
   }
 
   // The keys of tile `i` of the scratch: where they lie if a product can read them there, else
-  // copied or expanded; never null.
-  Operand find_keys(int i, const char* tile, Lines ahead) {
+  // copied; never null.
+  Operand find_keys(int i, const char* tile) {
     const int64_t stride = args_.block_size * 4;
     float* to = key_scratch_ + i * steps_ * kUnits;
     const int rows = int(args_.dk / 2);
     if (tile == nullptr) {  // those scores are masked
-    } else if (format_.expand != nullptr) {
-      format_.expand(tile, args_.block_size, int(args_.dk), kTile, format_.codes, ahead, to, kUnits);
-      std::memset(to + rows * kUnits, 0, (steps_ - rows) * kTileBytes);
     } else if (rows != steps_) {
       copy_tile(tile, stride, rows, steps_, to);
     } else {
@@ -153,18 +133,15 @@ class TiledWorker : RowTile {
 
   // The values of 32 tokens from `at` on, step `i` of the scratch. Tokens that no row sees are
   // zeroed: what they hold may be anything, and a weight of zero does not undo NaN.
-  Operand find_values(int i, int at, const char* const* tiles, Lines ahead) {
+  Operand find_values(int i, int at, const char* const* tiles) {
     float* to = value_scratch_ + i * kUnits * width_;
     const bool whole = at >= begin_ && at + kStep <= end_;
-    if (whole && !format_.expand && args_.block_size >= kStep && args_.dv == width_)
+    if (whole && args_.block_size >= kStep && args_.dv == width_)
       return {tiles[0], width_ * 4};
     for (int half = 0; half < 2; ++half) {
       float* here = to + half * kTile / 2 * width_;
       if (tiles[half] == nullptr)
         std::memset(here, 0, kTile / 2 * width_ * sizeof(float));
-      else if (format_.expand != nullptr)
-        format_.expand(tiles[half], args_.dv, kTile, int(args_.dv), format_.codes, ahead, here,
-                       width_);
       else
         for (int row = 0; row < kTile / 2; ++row)
           copy_row(tiles[half] + row * args_.dv * 4, here + row * width_);
@@ -205,19 +182,17 @@ class TiledWorker : RowTile {
   float* scores_of(int head) const { return scores_ + row_of(head) * kSplit; }
 
   void weigh(int head, int first, int last, float* out) {
-    if (format_.codes) find_scales(head, first);
     const int m = row_of(head);
     softmax<PairWeights>(scores_ + m * kSplit, m, int(tile_.rows), first, last, out + m * ld_);
   }
 
   void score_few(const Tiles& here, const Tiles& next, const float* queries, float* scores) {
     Operand keys[kGroupTiles];
-    for (int i = 0; i < kGroupTiles; ++i) keys[i] = find_keys(i, here.at[i], next.line_of(i));
-    const bool direct = format_.expand == nullptr;
+    for (int i = 0; i < kGroupTiles; ++i) keys[i] = find_keys(i, here.at[i]);
     tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
     for (int step = 0; step < steps_; step += kUnits) {
       tile_load<4>(queries + step, steps_ * 4);
-      for (int line = step; direct && line < step + kUnits; ++line) next.prefetch(line);
+      for (int line = step; line < step + kUnits; ++line) next.prefetch(line);
       auto b = [&](int i) { return keys[i].at + step * keys[i].stride; };
       tile_load<5>(b(0), keys[0].stride), tile_dpbf16<0, 4, 5>();
       tile_load<6>(b(1), keys[1].stride), tile_dpbf16<1, 4, 6>();
@@ -233,12 +208,11 @@ class TiledWorker : RowTile {
     constexpr int count = kGroup / kStep;
     Operand values[count];
     for (int i = 0; i < count; ++i)
-      values[i] = find_values(i, at + i * kStep, here.at + 2 * i, next.line_of(2 * i));
+      values[i] = find_values(i, at + i * kStep, here.at + 2 * i);
     const char* weights = reinterpret_cast<const char*>(scores_of(head)) + at * sizeof(Bf16);
     const int64_t ld = ld_ * 4;
     for (int column = 0; column < width_; column += kUnits) {
-      if (!format_.expand)
-        for (int line = column / 2; line < column / 2 + kUnits / 2; ++line) next.prefetch(line);
+      for (int line = column / 2; line < column / 2 + kUnits / 2; ++line) next.prefetch(line);
       if (begin)
         tile_zero<0>();
       else
@@ -299,15 +273,13 @@ class TiledWorker : RowTile {
 
   void find_split(int head) {
     const int first = begin_ / kStep * kStep;
-    if (format_.codes) find_scales(head, first);
     for (int at = first; at < end_; at += kStep) {
       const int i = at / kTile, step = at / kStep;
       const char* tiles[2];
       for (int half = 0; half < 2; ++half)
-        split_keys_[i + half] =
-            find_keys(i + half, tile_of(keys_, head, at + half * kTile), Lines{});
+        split_keys_[i + half] = find_keys(i + half, tile_of(keys_, head, at + half * kTile));
       for (int half = 0; half < 2; ++half) tiles[half] = tile_of(values_, head, at + half * kTile);
-      split_values_[step] = find_values(step, at, tiles, Lines{});
+      split_values_[step] = find_values(step, at, tiles);
     }
   }
 
@@ -368,7 +340,7 @@ bool tiled_attention(const Attention& args) {
   // Large tiles find keys and values seldom; threads want some eight to share work evenly.
   const int64_t share = args.tokens * args.heads / (8 * num_threads());
   const int64_t rows = std::min<int64_t>(std::max<int64_t>(share, kRows), kManyRows);
-  run<TiledWorker>(args, format_of_tiles(args), rows / kBlock * kBlock);
+  run<TiledWorker>(args, {nullptr, nullptr, nullptr, 2}, rows / kBlock * kBlock);
   return true;
 }
 

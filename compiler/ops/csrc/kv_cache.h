@@ -230,21 +230,6 @@ void pairs_of_codes(const char* from, int64_t lanes, int steps, int count, const
     }
   }
 }
-#else
-// The same without such instructions.
-template <bool twos_complement>
-void pairs_of_codes(const char* from, int64_t lanes, int steps, int count, const Codes* codes,
-                    Lines ahead, void* out, int64_t ld) {
-  Bf16* to = static_cast<Bf16*>(out);
-  for (int step = 0; step < steps; step += 4, from += lanes * 4, to += 4 * ld)
-    for (int i = 0; i < count; ++i) {
-      if (i % kTile == 0) ahead.fetch_one();
-      for (int s = 0; s < 4; ++s) {
-        const float value = codes->value[uint8_t(from[place<1>(s, i, lanes)])];
-        to[s / 2 * 2 * ld + i * 2 + s % 2].bits = uint16_t(bit_cast<uint32_t>(value) >> 16);
-      }
-    }
-}
 #endif
 
 // ---- into a chunk -----------------------------------------------------------------------------

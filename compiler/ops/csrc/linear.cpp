@@ -160,7 +160,7 @@ class Linear {
     const int64_t blocks = ceil_div(steps_, block_);
     static thread_local Scratch buffer;
     a_ = buffer.take<A>(blocks * block_ * args_.num_rows);
-    const int64_t threads = threads_for(args_, panels_ * steps_);
+    const int64_t threads = threads_for(args_.num_rows, panels_ * steps_);
     runs(threads, ceil_div(args_.num_rows, kPackRows), [&](int64_t first, int64_t last) {
       const int64_t end = std::min(args_.num_rows, last * kPackRows);
       for (int64_t row = first * kPackRows; row < end; ++row) pack_row(row);

@@ -16,8 +16,8 @@ constexpr int64_t ceil_div(int64_t x, int64_t by) { return (x + by - 1) / by; }
 
 constexpr int64_t kSerialWork = 1 << 14;  // less is done before another thread has woken up
 
-inline int64_t threads_for(const PackedLinear& args, int64_t steps) {  // steps of all panels
-  return steps * (args.num_rows + 4) < kSerialWork ? 1 : num_threads();
+inline int64_t threads_for(int64_t num_rows, int64_t steps) {  // steps of all panels
+  return steps * (num_rows + 4) < kSerialWork ? 1 : num_threads();
 }
 
 template <class Body>

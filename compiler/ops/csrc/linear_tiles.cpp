@@ -77,7 +77,7 @@ bool tiled_linear(const PackedLinear& args) {
   const int64_t steps = ceil_div(args.inputs, 2), panels = ceil_div(args.outputs, kPanel);
   const Bf16Layer layer{args, args.num_rows, steps, panels,
                         static_cast<const uint32_t*>(args.packed),
-                        threads_for(args, panels * steps)};
+                        threads_for(args.num_rows, panels * steps)};
   TileProduct<Bf16Layer>(layer).run();
   return true;
 }

@@ -5,7 +5,8 @@
 // scheme asks for it, otherwise fixed point with one scale a row and segment, 16 bits for 16-bit
 // types and 24 for float32. Its error is at most 2**-16 (2**-24) of the segment's largest input,
 // which is below what rounding the result to x's type costs. Products and the sums of a segment
-// are then exact. (int8 rows and one scale an output: the sum of all inputs is, and is scaled once.) For other weights x becomes float32, or stays bfloat16.
+// are then exact; of int8 rows and one scale an output, the sum of all inputs is, and is scaled
+// once. For other weights x becomes float32, or stays bfloat16.
 //
 // Tiles take turns over a block of a panel, which the first brings into the cache. While they do,
 // the next block is prefetched, a few lines a step.
@@ -124,7 +125,8 @@ inline float scale_of(float most, int planes) {
 // Whether an output's sum over all inputs is one exact integer.
 bool sums_whole(const QuantizedLinear& args) {
   constexpr int64_t most = 1 << 17;  // inputs, whose products are at most 127 * 128
-  return args.code == Code::int8 && args.round_rows && args.group >= args.inputs && args.inputs < most;
+  return args.code == Code::int8 && args.round_rows && args.group >= args.inputs &&
+         args.inputs < most;
 }
 
 // ---- the layer --------------------------------------------------------------------------------
@@ -157,8 +159,7 @@ class Layer {
         whole_(K::whole && sums_whole(args)) {}
 
   void run() {
-    const bool serial = panels_ * panel_steps_ * (args_.num_rows + 4) < kSerialWork;
-    const int64_t threads = serial ? 1 : num_threads();
+    const int64_t threads = threads_for(args_.num_rows, panels_ * panel_steps_);
     prepare(threads);
     // Neighbouring panels are one item, so that what is prefetched is used; rows are cut where
     // the panels alone would leave threads idle.
@@ -429,9 +430,9 @@ bool run_whole(const QuantizedLinear& args) {
   if (!sums_whole(args) || !tiles_allowed()) return false;
   static thread_local Scratch scales, sums;
   const int64_t steps = ceil_div(args.inputs, 4), panels = ceil_div(args.outputs, kPanel);
-  const bool serial = panels * steps * (args.num_rows + 4) < kSerialWork;
   const Int8Layer layer{args, args.num_rows, steps, panels,
-                        static_cast<const uint32_t*>(args.packed), serial ? 1 : num_threads(),
+                        static_cast<const uint32_t*>(args.packed),
+                        threads_for(args.num_rows, panels * steps),
                         scales.take<float>(args.num_rows), sums.take<float>(args.num_rows)};
   TileProduct<Int8Layer>(layer).run();
   return true;
