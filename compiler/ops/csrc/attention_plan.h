@@ -14,6 +14,7 @@ namespace {
 constexpr int kSplit = 256;  // keys a partial softmax
 constexpr int kRows = 64;    // rows a tile of several heads, and of one where vectors multiply
 constexpr int kMaxRows = 128;
+constexpr int kMostRows = 256;  // of a tile, whatever the kernel asks for
 constexpr int kReading = 8;  // what reading a split costs, in rows
 
 struct Tile {

@@ -53,20 +53,22 @@ struct FloatWeights {
   static constexpr float per_nat = 1.0f;
   static vf power(vf x) { return vexp(x); }
   static void store_weights(float* row, int i, vf weights) { store(row + i, weights); }
+  static void store_two(float* row, int i, vf weights, vf next) {
+    store_weights(row, i, weights), store_weights(row, i + W, next);
+  }
 };
 
 struct PairWeights {  // bf16, at the front of the row
   static constexpr int per_step = 2;
 #if defined(FXLM_PAIRS)
-  // 2^x for x <= 0 within 3e-6, a hundredth of what rounding to bf16 takes: 2^floor(x) times a
-  // polynomial in the rest, fitted over [0, 1].
+  // 2^x for x <= 0 within 9e-5, a twentieth of what rounding to bf16 takes: 2^floor(x) times a
+  // polynomial in the rest, fitted over [0, 1], exact at 0.
   static constexpr float per_nat = 1.44269504088896341f;
   static vf power(vf x) {
     const vf f = (vf)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF);
-    vf y = broadcast(0.0134266855f);
-    y = y * f + 0.0522424714f;
-    y = y * f + 0.241280207f;
-    y = y * f + 0.693044844f;
+    vf y = broadcast(0.0770671653f);
+    y = y * f + 0.227644825f;
+    y = y * f + 0.695116842f;
     y = y * f + 1.0f;
     return (vf)_mm512_scalef_ps((__m512)y, (__m512)x);
   }
@@ -74,11 +76,18 @@ struct PairWeights {  // bf16, at the front of the row
     const __m256bh rounded = _mm512_cvtneps_pbh((__m512)weights);
     std::memcpy(reinterpret_cast<Bf16*>(row) + i, &rounded, sizeof rounded);
   }
+  static void store_two(float* row, int i, vf weights, vf next) {
+    const __m512bh rounded = _mm512_cvtne2ps_pbh((__m512)next, (__m512)weights);
+    std::memcpy(reinterpret_cast<Bf16*>(row) + i, &rounded, sizeof rounded);
+  }
 #else
   static constexpr float per_nat = 1.0f;
   static vf power(vf x) { return vexp(x); }
   static void store_weights(float* row, int i, vf weights) {
     store(reinterpret_cast<Bf16*>(row) + i, weights);
+  }
+  static void store_two(float* row, int i, vf weights, vf next) {
+    store_weights(row, i, weights), store_weights(row, i + W, next);
   }
 #endif
 };
@@ -101,6 +110,7 @@ class RowTile {
     first_token_ = begin;
     first_position_ =
         args.seq_lens[tile.sequence] - (args.query_start[tile.sequence + 1] - begin);
+    find_places();
   }
 
   void enter(int64_t split) {
@@ -110,12 +120,20 @@ class RowTile {
   }
 
   int row_of(int head) const { return head * int(tile_.rows); }
-  int64_t in_head(int64_t row) const { return tile_.first_row + row % tile_.rows; }
-  int64_t position(int64_t row) const { return first_position_ + in_head(row) / group_; }
-  int64_t head(int64_t row) const {
-    return (tile_.head + row / tile_.rows) * group_ + in_head(row) % group_;
+  int64_t head(int64_t row) const { return places_[row].head; }
+  int64_t token(int64_t row) const { return first_token_ + places_[row].query; }
+  int64_t position(int64_t row) const { return first_position_ + places_[row].query; }
+
+  void find_places() {
+    Place* to = places_;
+    for (int64_t h = tile_.head; h < tile_.head + tile_.heads; ++h) {
+      int32_t query = int32_t(tile_.first_row / group_), of_group = int32_t(tile_.first_row % group_);
+      for (int64_t r = 0; r < tile_.rows; ++r) {
+        *to++ = {query, int32_t(h * group_) + of_group};
+        if (++of_group == group_) of_group = 0, ++query;
+      }
+    }
   }
-  int64_t token(int64_t row) const { return first_token_ + in_head(row) / group_; }
   int64_t chunk_bytes(int64_t dim) const {
     return args_.block_size * (dim * format_.bytes + (format_.codes ? 4 : 0));
   }
@@ -247,13 +265,20 @@ class RowTile {
     const bool plain = args_.softcap == 0 && !args_.slopes && !format_.codes && args_.scale > 0;
     for (int r = 0; r < R && !plain; ++r)
       adjust(scores + r * kSplit, from, to, head(m + r), int(position(m + r) - base_));
-    for (int i = from; i < to; i += W)
-      for (int r = 0; r < R && (i < all.low || i + W > all.high); ++r)
-        hide(scores + r * kSplit, i, seen[r]);
+    for (int i = from; i < to; i += W) {
+      if (i >= all.low && i + W <= all.high) {
+        i = all.high / W * W - W;  // all rows see what lies between
+        continue;
+      }
+      for (int r = 0; r < R; ++r) hide(scores + r * kSplit, i, seen[r]);
+    }
     const float factor = plain ? args_.scale : 1.0f, slope = factor * Weights::per_nat;
     float tops[R], sums[R];
     highest<R>(scores, from, to, tops);
-    exponentials<Weights, R>(scores, from, to, slope, tops, sums);
+    if (format_.codes)
+      exponentials<Weights, R, true>(scores, from, to, slope, tops, sums);
+    else
+      exponentials<Weights, R, false>(scores, from, to, slope, tops, sums);
     for (int r = 0; r < R; ++r) {
       headers[r * ld_] = tops[r] * factor;
       headers[r * ld_ + 1] = sums[r];
@@ -294,25 +319,29 @@ class RowTile {
     for (int r = 0; r < R; ++r) tops[r] = lanes_max(best[r]);
   }
 
-  template <class Weights, int R>
+  template <class Weights, int R, bool coded>
   void exponentials(float* scores, int from, int to, float slope, const float* tops,
                     float* sums) const {
     vf sum[R], shift[R];
     for (int r = 0; r < R; ++r)
       sum[r] = vf{}, shift[r] = broadcast(tops[r] == -kInfinity ? 0.0f : -tops[r] * slope);
-    const bool coded = format_.codes != nullptr;
-    for (int i = from; i < to; i += W)
+    auto weigh = [&](int r, int i) __attribute__((always_inline)) {
+      const vf x = load(scores + r * kSplit + i);
+      const vf weight = Weights::power(x * slope + shift[r]);
+      sum[r] += weight;
+      if (!coded) return weight;
+      const vf scaled = weight * load(value_scales_[i / W]);
+      return x == -kInfinity ? vf{} : scaled;  // the scale of an unseen token may be anything
+    };
+    int i = from;
+    for (; i + 2 * W <= to; i += 2 * W)
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
-        const vf x = load(scores + r * kSplit + i);
-        vf weight = Weights::power(x * slope + shift[r]);
-        sum[r] += weight;
-        if (coded) {  // the scale of an unseen token may be anything
-          const vf scaled = weight * load(value_scales_[i / W]);
-          weight = x == -kInfinity ? vf{} : scaled;
-        }
-        Weights::store_weights(scores + r * kSplit, i, weight);
+        const vf weight = weigh(r, i);
+        Weights::store_two(scores + r * kSplit, i, weight, weigh(r, i + W));
       }
+    for (int r = 0; i < to && r < R; ++r)
+      Weights::store_weights(scores + r * kSplit, i, weigh(r, i));
     for (int r = 0; r < R; ++r) sums[r] = lanes_sum(sum[r]);
   }
 
@@ -383,6 +412,9 @@ class RowTile {
   const int width_, ld_;
   const Chunks keys_, values_;
   int64_t first_token_, first_position_;
+  struct Place {
+    int32_t query, head;  // of a row: from the first of the sequence on, and of all heads
+  } places_[kMostRows];
   int64_t base_ = 0;         // first position of the current split
   int begin_ = 0, end_ = 0;  // keys of the current split that some row sees
   const float *key_scales_[kSplit / W], *value_scales_[kSplit / W];

@@ -7,10 +7,11 @@
 //
 // Few rows (decode): groups of 64 tokens, head by head, as in attention.cpp; what bounds it is the
 // stream of the cache. Many rows (prefill): the keys and values of a split (32 KiB each with heads
-// of 64) are found once for all rows of a tile and stay in the second-level cache, while blocks of
-// 32 rows pass: their scores (32 KiB) stay in the first-level cache from product to product, in
-// which 2 x 2 tiles let each load serve two. What a block of rows does not see of the split is
-// skipped, 32 tokens at a time.
+// of 64) are found once for all rows of a tile and stay in the second-level cache, from which they
+// are streamed past the first while blocks of 32 rows pass: their scores (32 KiB) stay there from
+// product to product. 2 x 2 tiles let each load serve two products; of heads of up to 64, queries
+// stay in tiles and each load of keys serves two. What a block of rows does not see of the split
+// is skipped, 32 tokens at a time.
 
 #include "attention_tiles.h"
 
@@ -33,7 +34,6 @@ namespace {
 constexpr int kStep = 32;              // dimensions or tokens that one product sums
 constexpr int kUnits = kTileBytes / 4;  // of a row of a tile: pairs, or sums
 constexpr int kBlock = 2 * kTileRows;  // rows of a 2 x 2 product
-constexpr int kManyRows = 256;         // of a tile
 constexpr int64_t kScoreBytes = kSplit * sizeof(float);  // from row to row
 
 // A matrix of pairs, row by row of a tile.
@@ -51,7 +51,7 @@ class TiledWorker : RowTile {
         few_(tile.rows <= kTileRows),
         steps_(int(round_up(args.dk, kStep) / 2)) {
     carve();
-    for (int64_t m = 0; m < tile.all_rows(); ++m)
+    for (int64_t m = 0; steps_ > args.dk / 2 && m < tile.all_rows(); ++m)
       std::memset(queries_ + m * steps_ + args.dk / 2, 0, (steps_ - args.dk / 2) * sizeof(float));
     pack_queries<Bf16, 2>(queries_, steps_);
     tile_configure(shapes());
@@ -96,12 +96,11 @@ class TiledWorker : RowTile {
   void carve() {
     const size_t rows = tile_.all_rows(), padded = few_ ? rows : rows + kBlock;
     const size_t part = few_ ? rows : kBlock, tokens = few_ ? kGroup : kSplit;
-    const size_t score_rows = few_ ? rows : 2 * kBlock;
-    Carver carver(padded * steps_ + rows * ld_ + score_rows * kSplit + part * ld_ +
+    Carver carver(padded * steps_ + rows * ld_ + part * kSplit + part * ld_ +
                   tokens * (steps_ + width_ / 2) + 8 * 16);
     queries_ = carver.take(padded * steps_);
     total_ = carver.take(rows * ld_);
-    scores_ = carver.take(score_rows * kSplit);
+    scores_ = carver.take(part * kSplit);
     partial_ = carver.take(part * ld_);
     key_scratch_ = carver.take(tokens * steps_);
     value_scratch_ = carver.take(tokens / 2 * width_);
@@ -241,32 +240,23 @@ class TiledWorker : RowTile {
   }
 
   // Leaves the partial results of each block of rows of a split in partial_ and calls
-  // done(row, count). The scores of a block are computed between the softmaxes of the one before,
-  // as tiles and vectors are units of their own.
+  // done(row, count).
   template <class Done>
   void many_rows(int64_t index, const Done& done) {
     enter(index);
     for (int head = 0; head < tile_.heads; ++head) {
       find_split(head);
-      Block here = block_at(head, 0);
-      float *scores = scores_, *others = scores_ + kBlock * kSplit;
-      score_steps(here, here.low, here.last, scores);
-      for (int first = kBlock; here.count > 0; first += kBlock) {
-        const Block next = first < tile_.rows ? block_at(head, first) : Block{};
-        int at = next.low;
-        for (int m = 0; m < here.count; m += 4) {
-          const int rows = std::min(here.count - m, 4);
-          softmax<PairWeights>(scores + m * kSplit, here.row + m, rows, here.low, here.last,
-                               partial_ + m * ld_);
-          const int share = (next.last - next.low) / kStep * (m + rows) / here.count;
-          score_steps(next, at, next.low + share * kStep, others);
-          at = next.low + share * kStep;
-        }
-        for (int column = 0; column < width_ && here.low < here.last; column += 2 * kUnits)
-          mix_block(here, scores, column);
-        done(here.row, here.count);
-        here = next;
-        std::swap(scores, others);
+      for (int first = 0; first < tile_.rows; first += kBlock) {
+        const Block block = block_at(head, first);
+        if (steps_ == 2 * kUnits)
+          score_short(block);
+        else
+          for (int at = block.low; at < block.last; at += kStep)
+            score_block(queries_ + block.row * steps_, split_keys_ + at / kTile, scores_ + at);
+        softmax<PairWeights>(scores_, block.row, block.count, block.low, block.last, partial_);
+        for (int column = 0; column < width_ && block.low < block.last; column += 2 * kUnits)
+          mix_block(block, column);
+        done(block.row, block.count);
       }
     }
   }
@@ -283,19 +273,14 @@ class TiledWorker : RowTile {
     }
   }
 
-  void score_steps(const Block& block, int from, int to, float* scores) const {
-    for (; from < to; from += kStep)
-      score_block(queries_ + block.row * steps_, split_keys_ + from / kTile, scores + from);
-  }
-
   void score_block(const float* a, const Operand* keys, float* scores) const {
     const int64_t ld = steps_ * 4;
     tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
     const Operand b = keys[0], c = keys[1];
     for (int step = 0; step < steps_; step += kUnits) {
-      tile_load<4>(a + step, ld), tile_load<6>(b.at + step * b.stride, b.stride);
+      tile_load<4>(a + step, ld), tile_stream<6>(b.at + step * b.stride, b.stride);
       tile_dpbf16<0, 4, 6>();
-      tile_load<7>(c.at + step * c.stride, c.stride), tile_dpbf16<1, 4, 7>();
+      tile_stream<7>(c.at + step * c.stride, c.stride), tile_dpbf16<1, 4, 7>();
       tile_load<5>(a + kTileRows * steps_ + step, ld);
       tile_dpbf16<2, 5, 6>(), tile_dpbf16<3, 5, 7>();
     }
@@ -304,8 +289,26 @@ class TiledWorker : RowTile {
     tile_store<2>(below, kScoreBytes), tile_store<3>(below + 16, kScoreBytes);
   }
 
+  // Scores of heads of two steps: the queries stay in tiles.
+  void score_short(const Block& block) {
+    const float* a = queries_ + block.row * steps_;
+    const int64_t ld = steps_ * 4;
+    tile_load<0>(a, ld), tile_load<1>(a + kUnits, ld);
+    a += kTileRows * steps_;
+    tile_load<2>(a, ld), tile_load<3>(a + kUnits, ld);
+    for (int at = block.low; at < block.last; at += kTile) {
+      const Operand b = split_keys_[at / kTile];
+      tile_zero<4>(), tile_zero<5>();
+      tile_stream<6>(b.at, b.stride), tile_dpbf16<4, 0, 6>(), tile_dpbf16<5, 2, 6>();
+      tile_stream<7>(b.at + kUnits * b.stride, b.stride);
+      tile_dpbf16<4, 1, 7>(), tile_dpbf16<5, 3, 7>();
+      tile_store<4>(scores_ + at, kScoreBytes);
+      tile_store<5>(scores_ + kTileRows * kSplit + at, kScoreBytes);
+    }
+  }
+
   // Weighted values of 32 lanes, or of the last 16, from `column` on.
-  void mix_block(const Block& block, const float* scores, int column) {
+  void mix_block(const Block& block, int column) {
     const bool both = column + kUnits < width_;
     const int64_t ld = ld_ * 4;
     float* out = partial_ + kHeader + column;
@@ -313,12 +316,12 @@ class TiledWorker : RowTile {
     tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
     for (int at = block.low; at < block.last; at += kStep) {
       const Operand b = split_values_[at / kStep];
-      const char* a = reinterpret_cast<const char*>(scores) + at * sizeof(Bf16);
-      tile_load<4>(a, kScoreBytes), tile_load<6>(b.at + column * 4, b.stride);
+      const char* a = reinterpret_cast<const char*>(scores_) + at * sizeof(Bf16);
+      tile_load<4>(a, kScoreBytes), tile_stream<6>(b.at + column * 4, b.stride);
       tile_dpbf16<0, 4, 6>();
       tile_load<5>(a + kTileRows * kScoreBytes, kScoreBytes), tile_dpbf16<2, 5, 6>();
       if (!both) continue;
-      tile_load<7>(b.at + column * 4 + kTileBytes, b.stride);
+      tile_stream<7>(b.at + column * 4 + kTileBytes, b.stride);
       tile_dpbf16<1, 4, 7>(), tile_dpbf16<3, 5, 7>();
     }
     tile_store<0>(out, ld), tile_store<2>(below, ld);
@@ -339,7 +342,7 @@ bool tiled_attention(const Attention& args) {
   if (args.store != Store::same || !tiles_allowed()) return false;
   // Large tiles find keys and values seldom; threads want some eight to share work evenly.
   const int64_t share = args.tokens * args.heads / (8 * num_threads());
-  const int64_t rows = std::min<int64_t>(std::max<int64_t>(share, kRows), kManyRows);
+  const int64_t rows = std::min<int64_t>(std::max<int64_t>(share, kRows), kMostRows);
   run<TiledWorker>(args, {nullptr, nullptr, nullptr, 2}, rows / kBlock * kBlock);
   return true;
 }
