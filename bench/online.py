@@ -13,7 +13,7 @@ its start to first token and peak memory are in the row, too. With
 Poisson process with a fixed seed, whatever the server does. Prompts are token ids drawn anew for
 every request, so no prefix cache helps; with ``--chat``, they are short questions. Goodput counts
 requests within ``--slo-ttft`` and ``--slo-itl`` (its mean). The client streams, and runs on the
-same cores as the server.
+same cores as the server (aiohttp: a third of the time of httpx a request).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx2 as httpx
+import aiohttp
 
 from common import print_table, write_results
 from servers import running
@@ -104,9 +104,11 @@ def _warm_and_load(url: str, options: argparse.Namespace, seed: int) -> dict[str
 
 async def _load(url: str, options: argparse.Namespace, seed: int) -> dict[str, Any]:
     draw = random.Random(seed)
-    limits = httpx.Limits(max_connections=1024, max_keepalive_connections=1024)
-    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
-        model = (await client.get("/v1/models")).json()["data"][0]["id"]
+    async with aiohttp.ClientSession(
+        url, timeout=aiohttp.ClientTimeout(total=600), connector=aiohttp.TCPConnector(limit=0)
+    ) as client:
+        async with client.get("/v1/models") as answer:
+            model = (await answer.json())["data"][0]["id"]
         count = options.requests if not options.rate else int(options.rate * options.duration)
         bodies = [_body(model, options, draw) for _ in range(max(count, 1))]
         started = time.perf_counter()
@@ -132,7 +134,7 @@ def _body(model: str, options: argparse.Namespace, draw: random.Random) -> dict[
 
 
 async def _workers(
-    client: httpx.AsyncClient, bodies: list[dict[str, Any]], concurrency: int
+    client: aiohttp.ClientSession, bodies: list[dict[str, Any]], concurrency: int
 ) -> list[Timing]:
     todo = iter(bodies)
 
@@ -144,7 +146,7 @@ async def _workers(
 
 
 async def _arrivals(
-    client: httpx.AsyncClient, bodies: list[dict[str, Any]], rate: float, draw: random.Random
+    client: aiohttp.ClientSession, bodies: list[dict[str, Any]], rate: float, draw: random.Random
 ) -> list[Timing]:
     tasks = []
     due = time.perf_counter()
@@ -155,21 +157,20 @@ async def _arrivals(
     return list(await asyncio.gather(*tasks))
 
 
-async def _request(client: httpx.AsyncClient, body: dict[str, Any]) -> Timing:
+async def _request(client: aiohttp.ClientSession, body: dict[str, Any]) -> Timing:
     timing = Timing()
     path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
     started = last = time.perf_counter()
     try:
-        async with client.stream("POST", path, json=body) as answer:
-            if answer.status_code != 200:
-                timing.fault = f"HTTP {answer.status_code}: {(await answer.aread())[:200]!r}"
+        async with client.post(path, json=body) as answer:
+            if answer.status != 200:
+                timing.fault = f"HTTP {answer.status}: {(await answer.read())[:200]!r}"
                 return timing
             if not body["stream"]:
-                usage = json.loads(await answer.aread())["usage"]
-                timing.tokens = usage["completion_tokens"]
+                timing.tokens = json.loads(await answer.read())["usage"]["completion_tokens"]
             else:
-                async for line in answer.aiter_lines():
-                    if not line.startswith("data: {") or not _has_token(json.loads(line[6:])):
+                async for line in answer.content:
+                    if not line.startswith(b"data: {") or not _has_token(json.loads(line[6:])):
                         continue
                     now = time.perf_counter()
                     if timing.tokens:
@@ -177,7 +178,7 @@ async def _request(client: httpx.AsyncClient, body: dict[str, Any]) -> Timing:
                     else:
                         timing.first = now - started
                     timing.tokens, last = timing.tokens + 1, now
-    except httpx.HTTPError as error:
+    except (aiohttp.ClientError, TimeoutError) as error:
         timing.fault = f"{type(error).__name__}: {error}"
     timing.total = time.perf_counter() - started
     return timing

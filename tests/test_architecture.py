@@ -36,6 +36,7 @@ EVALUATING_CALLS = ("eval", "exec", "builtins.eval", "builtins.exec")
 
 # Files that may read the environment of the process, each with what it looks for.
 ENVIRONMENT_READERS = {
+    "fxlm/__init__.py": "how long threads spin, which OpenMP takes from there when torch is loaded",
     "compiler/cache.py": "where caches are (XDG_CACHE_HOME)",
     "compiler/ops/build.py": "the C++ compiler, the ISA under test",
     "runtime/parallel/choice.py": "RANK and the like, by which torchrun tells a process its place",

@@ -3,6 +3,7 @@
 An editable install hides every fault of this kind, so the wheel is built and laid out for real.
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -133,3 +134,18 @@ def test_nothing_else_becomes_importable(editable: bool, wheel: Path, tmp_path: 
         zipfile.ZipFile(wheel).extractall(tmp_path)
         found = run_apart(code, tmp_path)
     assert (found.stdout.strip(), found.stderr) == ("[]", "")
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [({}, "100"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+)
+def test_threads_spin_briefly_unless_the_user_says_otherwise(
+    given: dict[str, str], found: str
+) -> None:
+    clean = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    code = "import fxlm, os; print(os.environ.get('GOMP_SPINCOUNT'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**clean, **given}, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == found, done.stderr
