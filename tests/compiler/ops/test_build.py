@@ -151,6 +151,7 @@ def test_a_damaged_library_is_built_again(registered: str, tmp_path: Path) -> No
     assert (target / build.LIBRARY).read_bytes() == good
 
 
+@pytest.mark.timeout(1200)  # compiles for most of a minute, on an idle machine
 @pytest.mark.parametrize("isa", [name for name in build.ISAS if name != "generic"] + ["generic"])
 def test_every_isa_passes_the_numeric_tests(isa: str, registered: str) -> None:
     if build.ISAS[isa].needs - build.cpu_flags() or isa == registered:
