@@ -82,10 +82,11 @@ bench: install
 
 # --- test --------------------------------------------------------------------------------------
 
-# The suite runs whatever the checks found, and its summary comes last.
+# The suite runs whatever the checks found, and its summary comes last. A worker a core, a thread a
+# worker: each takes tests of its neighbour when it has none left.
 test: install
 	@failed=0; $(MAKE) --no-print-directory lint types || failed=1; \
-	$(BIN)/pytest $(ARGS) || failed=1; exit $$failed
+	$(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS) || failed=1; exit $$failed
 
 check: lint types architecture
 

@@ -14,17 +14,19 @@ from hypothesis import HealthCheck, settings
 
 REPO = Path(__file__).resolve().parent.parent
 
-# Compiled C++ is content-keyed and costs half a minute: kept between runs, apart from the user's.
+# Compiled C++ is content-keyed and costs half a minute: kept between runs and shared by the workers
+# of one, apart from the user's.
 KEPT_CACHE = REPO / "build" / "test-cache"
-# Artifacts, hub downloads and the rest are this run's alone, so that none is found ready by chance.
+# Artifacts, hub downloads and the rest are this process's alone: none is found ready by chance.
 RUN_CACHE = Path(tempfile.mkdtemp(prefix="fxlm-tests-"))
 
 
 def _set_environment() -> None:
     """Point caches at private folders, switch hubs off, and keep thread pools small."""
-    (KEPT_CACHE / "ops").mkdir(parents=True, exist_ok=True)
     (RUN_CACHE / "fxlm").mkdir()
-    (RUN_CACHE / "fxlm" / "ops").symlink_to(KEPT_CACHE / "ops")
+    for name in ("ops", "headers"):
+        (KEPT_CACHE / name).mkdir(parents=True, exist_ok=True)
+        (RUN_CACHE / "fxlm" / name).symlink_to(KEPT_CACHE / name)
     os.environ.update(
         XDG_CACHE_HOME=str(RUN_CACHE),
         HF_HOME=str(RUN_CACHE / "huggingface"),

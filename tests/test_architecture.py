@@ -73,15 +73,20 @@ class Module:
     def room(self) -> str:
         return self.path.split("/", 1)[0]
 
+    @functools.cached_property
+    def nodes(self) -> tuple[ast.AST, ...]:
+        """Every node of the tree, which most rules look at."""
+        return tuple(ast.walk(self.tree))
+
     def calls(self) -> Iterator[tuple[ast.Call, str]]:
         """Every call whose callee is a dotted name, with that name."""
-        for node in ast.walk(self.tree):
+        for node in self.nodes:
             if isinstance(node, ast.Call) and (name := dotted(node.func)):
                 yield node, name
 
     def imports(self) -> Iterator[tuple[int, str]]:
         """Line and full name of every absolute import, inside functions and by string too."""
-        for node in ast.walk(self.tree):
+        for node in self.nodes:
             if isinstance(node, ast.Import):
                 yield from ((node.lineno, alias.name) for alias in node.names)
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -104,26 +109,29 @@ def dotted(node: ast.expr) -> str:
 
 
 @functools.cache
-def modules(*folders: str) -> tuple[Module, ...]:
-    """Every Python file under the folders, parsed."""
+def modules(folder: str) -> tuple[Module, ...]:
+    """Every Python file under the folder, parsed."""
     return tuple(
         Module(path=path.relative_to(REPO).as_posix(), text=text, tree=ast.parse(text))
-        for folder in folders
         for path in sorted((REPO / folder).rglob("*.py"))
         for text in [path.read_text(encoding="utf-8")]
     )
 
 
+def under(*folders: str) -> tuple[Module, ...]:
+    return tuple(module for folder in folders for module in modules(folder))
+
+
 def rooms() -> tuple[Module, ...]:
-    return modules(*FLOORS)
+    return under(*FLOORS)
 
 
 def shipped() -> tuple[Module, ...]:
-    return modules(*FLOORS, "fxlm")
+    return under(*FLOORS, "fxlm")
 
 
 def everything() -> tuple[Module, ...]:
-    return modules(*FLOORS, "fxlm", "tests", "bench")
+    return under(*FLOORS, "fxlm", "tests", "bench")
 
 
 def covers(package: str, name: str) -> bool:
@@ -153,7 +161,7 @@ def umbrella_is_not_imported_from_below() -> Iterator[str]:
             top, *rest = name.split(".")
             if top == "fxlm" and rest and rest[0] not in (*FLOORS, "__version__"):
                 yield f"{module.path}:{line}: imports {name}; name the room it lives in"
-        for node in ast.walk(module.tree):
+        for node in module.nodes:
             name = dotted(node) if isinstance(node, ast.Attribute) else ""
             top, *rest = name.split(".")
             if top == "fxlm" and rest[0] not in (*FLOORS, "__version__"):
@@ -170,7 +178,7 @@ def umbrella_holds_three_files() -> Iterator[str]:
 def imports_are_absolute() -> Iterator[str]:
     """``from fxlm.compiler.program import Program``, from anywhere."""
     for module in everything():
-        for node in ast.walk(module.tree):
+        for node in module.nodes:
             if isinstance(node, ast.ImportFrom) and node.level:
                 yield f"{module.path}:{node.lineno}: relative import"
         for line, name in module.imports():
@@ -203,7 +211,7 @@ def files_are_short() -> Iterator[str]:
 def functions_are_short() -> Iterator[str]:
     """80 lines with signature and docstring; aim at 15."""
     for module in everything():
-        for node in ast.walk(module.tree):
+        for node in module.nodes:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 lines = (node.end_lineno or node.lineno) - node.lineno + 1
                 if lines > MAX_FUNCTION_LINES:
@@ -241,7 +249,7 @@ def nothing_is_evaluated() -> Iterator[str]:
 def excepts_name_what_they_catch() -> Iterator[str]:
     """No bare except."""
     for module in everything():
-        for node in ast.walk(module.tree):
+        for node in module.nodes:
             if isinstance(node, ast.ExceptHandler) and node.type is None:
                 yield f"{module.path}:{node.lineno}: bare except"
 
@@ -252,7 +260,7 @@ def environment_is_an_option() -> Iterator[str]:
     for module in shipped():
         if module.path in ENVIRONMENT_READERS:
             continue
-        for node in ast.walk(module.tree):
+        for node in module.nodes:
             if isinstance(node, ast.Attribute) and dotted(node) in names:
                 yield f"{module.path}:{node.lineno}: {dotted(node)}"
         for line, name in module.imports():

@@ -19,6 +19,11 @@ from tests.compiler.ops.cases import Row, Rules, make_step, sample_args
 
 OPS = torch.ops.fxlm
 SINKS = torch.linspace(-1, 1, 4)
+QUICK = {
+    "aot_inductor.precompile_headers": False,
+    "aot_inductor.compile_wrapper_opt_level": "O0",
+    "cpp.vec_isa_ok": True,
+}  # for one package
 NAMES = (
     *("attention", "paged_attention", "paged_attention_read_only", "paged_attention_reference"),
     *("sample", "sample_reference"),
@@ -116,7 +121,9 @@ def test_export_and_aot_inductor(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own, about its tree specs
         path = torch._inductor.aoti_compile_and_package(
-            program, package_path=str(tmp_path / "layer.pt2")
+            program,
+            package_path=str(tmp_path / "layer.pt2"),
+            inductor_configs=QUICK,
         )
         compiled = torch._inductor.aoti_load_package(path)
     for queries, contexts in (([1], [0]), ([1], [9]), ([3, 2], [0, 5]), ([4, 1, 7], [2, 0, 3])):
