@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Literal, ParamSpec, Protocol, TypeVar
 
 import msgspec
@@ -107,15 +108,23 @@ class Delta:
     stop_reason: int | str | None = None
     taps: Taps | None = None
 
-    def add(self, later: "Delta") -> None:
-        """Append what came later of the same completion."""
-        self.text += later.text
-        self.taps = joined(self.taps, later.taps)
-        self.token_ids = self.token_ids + later.token_ids
-        if later.logprobs is not None:
-            self.logprobs = (self.logprobs or []) + later.logprobs
-        self.finish_reason = later.finish_reason
-        self.stop_reason = later.stop_reason
+    @classmethod
+    def of(cls, parts: "list[Delta]") -> "Delta":
+        """Successive news of one completion as one."""
+        last = parts[-1]
+        if len(parts) == 1:
+            return last
+        rows = [part.logprobs for part in parts if part.logprobs is not None]
+        return cls(
+            prompt=last.prompt,
+            index=last.index,
+            text="".join(part.text for part in parts),
+            token_ids=[token for part in parts for token in part.token_ids],
+            logprobs=[row for some in rows for row in some] if rows else None,
+            finish_reason=last.finish_reason,
+            stop_reason=last.stop_reason,
+            taps=reduce(joined, (part.taps for part in parts)),
+        )
 
 
 class Bridge:
@@ -185,6 +194,8 @@ class Generation:
     record: Record
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     news: asyncio.Queue[Delta | Exception] = field(default_factory=asyncio.Queue)
+    held: list[Delta] = field(default_factory=list)  # for a reader of the whole
+    whole: bool = False
 
     def __post_init__(self) -> None:
         self.num_choices = sum(job.params.n for job in self.jobs)
@@ -202,15 +213,20 @@ class Generation:
         """Of one prompt: a row for every token from the second on."""
         return self.runs[number].prompt_logprobs
 
-    async def deltas(self) -> AsyncGenerator[Delta, None]:
+    async def deltas(self, *, whole: bool = False) -> AsyncGenerator[Delta, None]:
         """Start, then yield what comes, until every completion is finished.
 
         What piles up while the client is slow comes as one delta a completion. Closing it
         earlier aborts what is unfinished.
 
+        Args:
+            whole: yield one delta a completion, when all are finished: the reader is not woken
+                for every token.
+
         Raises:
             ApiError: the queue is full, or the engine failed.
         """
+        self.whole = whole
         with self.bridge.admitted(self):
             try:
                 for run in self.runs:
@@ -226,6 +242,18 @@ class Generation:
                 raise engine_dead(str(error)) from error
             finally:
                 self.close()
+
+    def tell(self, news: Delta | Exception) -> None:
+        """Hand news to the reader, or hold it until there is all that the reader wants."""
+        if not isinstance(news, Exception):
+            self.held.append(news)
+            if self.whole and any(run.unfinished for run in self.runs):
+                return
+        for delta in self.held:
+            self.news.put_nowait(delta)
+        self.held.clear()
+        if isinstance(news, Exception):
+            self.news.put_nowait(news)
 
     def close(self) -> None:
         """Abort what is unfinished and settle the accounts."""
@@ -247,16 +275,14 @@ def drained(queue: asyncio.Queue[T]) -> Iterator[T]:
 
 def merged(news: list[Delta | Exception]) -> Iterator[Delta]:
     """One delta a completion; an exception is raised after what came before it."""
-    found: dict[tuple[int, int], Delta] = {}
+    found: dict[tuple[int, int], list[Delta]] = {}
     failure = None
     for item in news:
         if isinstance(item, Exception):
             failure = item
             break
-        known = found.setdefault((item.prompt, item.index), item)
-        if known is not item:
-            known.add(item)
-    yield from found.values()
+        found.setdefault((item.prompt, item.index), []).append(item)
+    yield from map(Delta.of, found.values())
     if failure is not None:
         raise failure
 
@@ -326,7 +352,7 @@ class Run:
             except Exception as error:
                 found = error
         if found is not None:
-            self.generation.news.put_nowait(found)
+            self.generation.tell(found)
 
     def on_output(self, output: Output) -> Delta | None:
         """An output as news; None for a completion that is over already.

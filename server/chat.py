@@ -169,7 +169,7 @@ class ChatWriter:
     async def reply(self) -> ChatReply:
         """The whole answer."""
         answers = [Answer() for _ in range(self.generation.num_choices)]
-        async with aclosing(self.generation.deltas()) as deltas:
+        async with aclosing(self.generation.deltas(whole=True)) as deltas:
             async for delta in deltas:
                 answer = answers[delta.index]
                 answer.text.append(delta.text)

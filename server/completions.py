@@ -199,7 +199,7 @@ class CompletionWriter:
     async def reply(self) -> CompletionReply:
         """The whole answer."""
         answers = [Answer() for _ in range(self.generation.num_choices)]
-        async with aclosing(self.generation.deltas()) as deltas:
+        async with aclosing(self.generation.deltas(whole=True)) as deltas:
             async for delta in deltas:
                 answer = answers[delta.prompt * self.n + delta.index]
                 answer.last = delta
