@@ -27,6 +27,7 @@ from fxlm.runtime.probe import matmul_rate_tflops as matmul_rate_tflops
 from fxlm.runtime.probe import read_bandwidth_gbs as read_bandwidth_gbs
 
 RESULTS = Path(__file__).resolve().parent / "results"
+SOURCES = (":(top)", ":(top,exclude)bench/results")  # what is measured, not what was found
 
 # What decides which kernels run: vector width, low-precision products, matrix tiles.
 FLAGS = (
@@ -119,7 +120,7 @@ def machine() -> dict[str, object]:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD"),
-        "modified": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "modified": bool(_git("status", "--porcelain", "--untracked-files=no", "--", *SOURCES)),
         "cpu": _field("/proc/cpuinfo", "model name") or platform.processor(),
         "architecture": platform.machine(),
         "flags": [flag for flag in FLAGS if flag in flags],

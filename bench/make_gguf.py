@@ -1,11 +1,12 @@
 """Write a GGUF file of a Llama or Qwen3 checkpoint, for llama.cpp in the comparison.
 
-    python bench/make_gguf.py CHECKPOINT OUT.gguf
+    python bench/make_gguf.py CHECKPOINT OUT.gguf [--type Q4_0]
 
-Tensors stay bfloat16 (norms are float32, as llama.cpp wants them). For Llama it pairs rotary
+Tensors stay bfloat16 (norms are float32, as llama.cpp wants them), or all matrices but embedding
+and head get the type, if gguf-py can write it. For Llama it pairs rotary
 dimensions (2i, 2i+1), so q and k are permuted; for Qwen3 it pairs them as transformers does. The
-tokenizer is written as byte-level BPE, padded to the vocabulary size: the programs of the
-comparison draw token ids and need no text. llama.cpp's own converter knows every model; this
+tokenizer is written as byte-level BPE, padded to the vocabulary size, with the pattern of the
+bundled model if its digits are single. llama.cpp's own converter knows every model; this
 does not need the names of known tokenizers.
 """
 
@@ -37,14 +38,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("output", type=Path)
+    parser.add_argument("--type", default="BF16", help="of matrices")
     options = parser.parse_args()
-    checkpoint = open_checkpoint(options.checkpoint)
-    kind = checkpoint.config["model_type"]
-    writer: Any = gguf.GGUFWriter(options.output, kind)
+    make(options.checkpoint, options.output, options.type)
+
+
+def make(source: Path, target: Path, kind: str = "BF16") -> None:
+    """Write the file; matrices but embedding and head are of this type of gguf-py's."""
+    checkpoint = open_checkpoint(source)
+    writer: Any = gguf.GGUFWriter(target, checkpoint.config["model_type"])
     write_config(writer, checkpoint.config)
     write_tokenizer(writer, checkpoint)
     for name in checkpoint.tensors:
-        write_tensor(writer, checkpoint, name)
+        write_tensor(writer, checkpoint, name, kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -78,16 +84,30 @@ def write_tokenizer(writer: Any, checkpoint: Checkpoint) -> None:
     names = {number: token for token, number in known.items()}
     size = checkpoint.config["vocab_size"]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
+    digits = "Digits" in json.dumps(content["pre_tokenizer"])
+    writer.add_tokenizer_pre("smollm" if digits else "gpt-2")
     writer.add_token_list([names.get(i, f"[unused{i}]") for i in range(size)])
-    kinds = [gguf.TokenType.NORMAL if i in names else gguf.TokenType.UNUSED for i in range(size)]
+    added = {token["content"] for token in content["added_tokens"]}
+    kinds = [
+        gguf.TokenType.UNUSED if i not in names
+        else gguf.TokenType.CONTROL if names[i] in added else gguf.TokenType.NORMAL
+        for i in range(size)
+    ]  # fmt: skip
     writer.add_token_types(kinds)
     merges = content["model"]["merges"]
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
-    writer.add_eos_token_id(size - 1)
+    beside = checkpoint.path / "generation_config.json"
+    last = json.loads(beside.read_text(encoding="utf-8"))["eos_token_id"]
+    writer.add_eos_token_id(last[0] if isinstance(last, list) else last)
+    settings = json.loads((checkpoint.path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    if settings.get("bos_token"):
+        writer.add_bos_token_id(known[settings["bos_token"]])
+    template = checkpoint.path / "chat_template.jinja"
+    if template.is_file():
+        writer.add_chat_template(template.read_text(encoding="utf-8"))
 
 
-def write_tensor(writer: Any, checkpoint: Checkpoint, name: str) -> None:
+def write_tensor(writer: Any, checkpoint: Checkpoint, name: str, kind: str) -> None:
     """One tensor under llama.cpp's name."""
     stem, _, leaf = name.rpartition(".")
     if stem.startswith("model.layers."):
@@ -100,6 +120,11 @@ def write_tensor(writer: Any, checkpoint: Checkpoint, name: str) -> None:
         value = _interleaved(value, checkpoint.config)
     if value.dim() == 1:
         writer.add_tensor(f"{stem}.{leaf}", value.float().numpy())
+        return
+    if kind != "BF16" and stem not in OUTER.values():
+        quantized = gguf.GGMLQuantizationType[kind]
+        coded = gguf.quants.quantize(value.float().numpy(), quantized)
+        writer.add_tensor(f"{stem}.{leaf}", coded, raw_dtype=quantized)
         return
     raw = value.to(torch.bfloat16).contiguous().view(torch.uint16).numpy().view(np.uint8)
     writer.add_tensor(f"{stem}.{leaf}", raw, raw_dtype=gguf.GGMLQuantizationType.BF16)

@@ -1,13 +1,19 @@
 """What quantization costs: perplexity and task scores of the bundled model under every scheme.
 
 One table, one run: each row is the model served by the engine (graph interpreted, kernels as
-served) on the same held-out text and the same held-out problems, greedy. The change of the
+served) on the same held-out text and the same held-out problems, greedy: rounded while loading, or
+read from a checkpoint that the format's own code wrote (`make_quantized`). The change of the
 perplexity is paired over windows of text against the row ``bfloat16``, with its standard error; a
-task score has the standard error of a share. Rows are kept in bench/results/quality.json as they
-are measured; those that are there already with the same options are not measured again.
-``--docs`` also puts the table into docs/quantization.md.
+task score has the standard error of a share. ``int8, plain PyTorch`` is what the scheme costs by
+its definition: transformers' model with weights and inputs rounded, nothing of the engine in it.
+
+Rows are kept in bench/results/quality.json as they are measured; those that are there already with
+the same options are not measured again. A format whose library is not there is left out, which is
+said; checkpoints in ``--checkpoints`` are taken as they are. ``--docs`` also puts the table into
+docs/quantization.md. One thread: waiting for each other would cost two more than they bring.
 
     python bench/quality.py [--windows N] [--problems N] [--only 'ROW;ROW'] [--docs]
+                            [--checkpoints DIR] [--llama-quantize PROGRAM]
 """
 
 from __future__ import annotations
@@ -16,21 +22,27 @@ import argparse
 import json
 import math
 import statistics
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from common import RESULTS, write_results
+from fxlm.models.bundled import BUNDLED
 from fxlm.models.bundled.data import corpus
 from fxlm.models.bundled.tasks import score_tasks
 from fxlm.models.tokenizer import Tokenizer
 from fxlm.runtime.llm import LLM
 from fxlm.runtime.sampling_params import SamplingParams
+from make_quantized import FORMATS, make
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "quantization.md"
 OPEN_MARK, CLOSE_MARK = "<!-- quality: begin -->", "<!-- quality: end -->"
 WINDOW = 1024
+PLAIN = "int8, plain PyTorch"
 BASE = "bfloat16"  # what the other rows are held against
 # Row -> options of the engine.
 ROWS: dict[str, dict[str, Any]] = {
@@ -50,6 +62,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "KV cache int8": {"kv_cache_dtype": "int8"},
     "KV cache fp8": {"kv_cache_dtype": "fp8"},
     "int8, KV cache int8": {"quantization": "int8", "kv_cache_dtype": "int8"},
+    PLAIN: {},
+    **{name: {} for name in FORMATS},
 }
 
 
@@ -61,7 +75,7 @@ class Quality:
         row: its name.
         weight_mib: prepared weights.
         losses: mean negative log-likelihood of each window, in nats.
-        tasks: share of problems solved, by kind.
+        tasks: share of problems solved, by kind; empty if it was not asked.
     """
 
     row: str
@@ -122,11 +136,12 @@ def scores(llm: LLM, number: int) -> dict[str, float]:
     return score_tasks(answer, number)
 
 
-def measure(row: str, num_windows: int, problems: int) -> Quality:
+def measure(row: str, model: str, num_windows: int, problems: int) -> Quality:
     """One row of the table."""
     llm = LLM(
-        "bundled", enforce_eager=True, max_num_seqs=64, max_model_len=WINDOW + 128,
-        kv_cache_memory_bytes=1 << 29, enable_prefix_caching=False, **ROWS[row],
+        model, enforce_eager=True, max_num_seqs=256, max_model_len=WINDOW + 128,
+        max_num_batched_tokens=4096, kv_cache_memory_bytes=1 << 29, threads=1,
+        enable_prefix_caching=False, **ROWS[row],
     )  # fmt: skip
     mib = sum(w.nbytes for w in llm.artifact.weights().values()) / 2**20
     return Quality(
@@ -137,6 +152,32 @@ def measure(row: str, num_windows: int, problems: int) -> Quality:
     )
 
 
+@torch.no_grad()
+def plain(num_windows: int) -> Quality:
+    """The scheme ``int8`` by its definition, on transformers' model in bfloat16."""
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(1)
+    path = BUNDLED["bundled"]
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            module.weight.copy_(_rounded(module.weight))
+            module.register_forward_pre_hook(lambda _, given: (_rounded(given[0]),))
+    found = []
+    for window in windows(Tokenizer.open(path), num_windows):
+        ids = torch.tensor([window])
+        logits = model(ids).logits[0, :-1].float()
+        found.append(float(torch.nn.functional.cross_entropy(logits, ids[0, 1:])))
+    return Quality(row=PLAIN, weight_mib=0.0, losses=[round(x, 6) for x in found], tasks={})
+
+
+def _rounded(values: torch.Tensor) -> torch.Tensor:
+    """[rows, columns], each row to 255 steps of its largest magnitude / 127."""
+    scale = values.float().abs().amax(-1, keepdim=True).clamp_min(1e-12) / 127
+    return ((values.float() / scale).round() * scale).to(values.dtype)
+
+
 def table(rows: Sequence[Quality], problems: int) -> str:
     """The figures as a Markdown table, in the order of `ROWS`."""
     base = next(q for q in rows if q.row == BASE)
@@ -145,15 +186,20 @@ def table(rows: Sequence[Quality], problems: int) -> str:
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for q in sorted(rows, key=lambda q: list(ROWS).index(q.row)):
         share, error = q.change(base)
-        spread = math.sqrt(q.solved * (1 - q.solved) / (problems * len(kinds)))
         cells = [
-            q.row, f"{q.weight_mib:.2f}", f"{q.perplexity:.3f}",
+            q.row, f"{q.weight_mib:.2f}" if q.weight_mib else "", f"{q.perplexity:.3f}",
             "" if q.row == BASE else f"{100 * share:+.2f} ± {100 * error:.2f} %",
-            f"{100 * q.solved:.1f} ± {100 * spread:.1f} %",
-            *(f"{100 * q.tasks[kind]:.1f}" for kind in kinds),
+            *(_task_cells(q, problems) if q.tasks else [""] * (1 + len(kinds))),
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _task_cells(q: Quality, problems: int) -> list[str]:
+    """Of all kinds together, then of each."""
+    spread = math.sqrt(q.solved * (1 - q.solved) / (problems * len(q.tasks)))
+    return [f"{100 * q.solved:.1f} ± {100 * spread:.1f} %",
+            *(f"{100 * share:.1f}" for share in q.tasks.values())]  # fmt: skip
 
 
 def known(options: dict[str, int]) -> list[Quality]:
@@ -169,16 +215,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--windows", type=int, default=24, help=f"of {WINDOW} tokens")
+    parser.add_argument("--windows", type=int, default=120, help=f"of {WINDOW} tokens")
     parser.add_argument("--problems", type=int, default=30, help="held-out problems a task kind")
     parser.add_argument("--only", default=";".join(ROWS), help="rows, separated by ;")
     parser.add_argument("--docs", action="store_true", help="rewrite the table of the docs")
+    parser.add_argument("--checkpoints", type=Path, help="where they are, or are written")
+    parser.add_argument("--llama-quantize", metavar="PROGRAM", help="of llama.cpp")
     given = parser.parse_args()
     options = {"windows": given.windows, "problems": given.problems, "window": WINDOW}
     rows = known(options)
-    for row in dict.fromkeys([BASE, *given.only.split(";")]):
-        if row not in [q.row for q in rows]:
-            rows.append(measure(row, given.windows, given.problems))
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = given.checkpoints or Path(scratch)
+        for row in dict.fromkeys([BASE, *given.only.split(";")]):
+            if row in [q.row for q in rows]:
+                continue
+            try:
+                model = make(row, folder, given.llama_quantize) if row in FORMATS else "bundled"
+            except ImportError as error:
+                print(f"{row}: left out, {error}")
+                continue
+            rows.append(
+                plain(given.windows) if row == PLAIN
+                else measure(row, str(model), given.windows, given.problems)
+            )  # fmt: skip
             write_results("quality", [asdict(q) for q in rows], options=options)
     text = table(rows, given.problems)
     print(text)

@@ -58,6 +58,7 @@ class Checkpoint:
         self.trust_remote_code = trust_remote_code
         self.config = read_json(path / "config.json")
         _refuse_remote_code(path, self.config, trust_remote_code)
+        _require_objects(path, self.config)
         generation = path / "generation_config.json"
         self.generation_config = read_json(generation) if generation.is_file() else {}
         self._files = _open_files(path)
@@ -117,6 +118,18 @@ class Checkpoint:
         """
         parts = {name: file.sample_digest() for name, file in self._files.items()}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _require_objects(path: Path, config: dict[str, Any]) -> None:
+    """Nested configs and settings of a quantization are objects, or absent."""
+    for key in ("text_config", "quantization_config", "compression_config"):
+        for owner in (config, config.get("text_config")):
+            value = owner.get(key) if isinstance(owner, dict) else None
+            if value is not None and not isinstance(value, dict):
+                raise InvalidModel(
+                    f"{key} in {path / 'config.json'} is {value!r}, must be an object; "
+                    "download the checkpoint again"
+                )
 
 
 def open_checkpoint(

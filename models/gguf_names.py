@@ -167,6 +167,8 @@ def config_of(values: Mapping[str, Any], names: Mapping[str, Any], where: object
             config[name] = value
     if "num_attention_heads" not in config or "hidden_size" not in config:
         raise InvalidModel(f"{where} lacks {prefix}.attention.head_count or .embedding_length")
+    if not config["num_attention_heads"]:
+        raise InvalidModel(f"{where} has {prefix}.attention.head_count 0; download it again")
     if isinstance(config.get("num_key_value_heads"), list):
         raise InvalidModel(f"{where} has another number of KV heads in each layer")
     config.setdefault("num_key_value_heads", config["num_attention_heads"])
@@ -212,7 +214,7 @@ def places(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> Iterato
     """Where a tensor of the file goes: one place, or one an expert.
 
     Raises:
-        InvalidModel: the architecture has no such tensor.
+        InvalidModel: the architecture has no such tensor, or the model no such layer.
     """
     kind = next(a for a in ARCHITECTURES.values()
                 if a.model_type == checkpoint.config["model_type"])  # fmt: skip
@@ -224,6 +226,12 @@ def places(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> Iterato
     if module is None or leaf not in ("weight", "bias"):
         raise InvalidModel(
             f"{checkpoint.path} has a tensor {name!r}, which a {kind.model_type} has not"
+        )
+    count = checkpoint.config.get("num_hidden_layers")
+    if layer and isinstance(count, int) and int(layer[1]) >= count:
+        raise InvalidModel(
+            f"{checkpoint.path} has a tensor {name!r}, but its block_count is {count}; "
+            "download it again"
         )
     full = f"model.layers.{layer[1]}.{module}.{leaf}" if layer else f"{module}.{leaf}"
     if "{e}" in full:

@@ -93,6 +93,9 @@ def _refuse_unread(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
     form = config.get("format", "dense")
     if form not in (*READ, *READ_TOO):
         raise refuse(checkpoint, f"compressed-tensors format {form!r}; read are {', '.join(READ)}")
+    for key in ("sparsity_config", "transform_config"):
+        if not isinstance(config.get(key) or {}, dict):
+            raise refuse(checkpoint, f"{key} is {config[key]!r}, must be an object")
     sparsity = (config.get("sparsity_config") or {}).get("format", "dense")
     if sparsity != "dense":
         raise refuse(checkpoint, f"its weights are sparse ({sparsity})")

@@ -35,7 +35,10 @@ def read(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, Logical
         InvalidModel: a weight without a scale, or one of another shape.
     """
     ops.load()
-    algorithm = (config.get("quantization") or {}).get("quant_algo", "FP8")
+    stated = config.get("quantization") or {}
+    if not isinstance(stated, dict):
+        raise refuse(checkpoint, f"quantization is {stated!r}, must be an object")
+    algorithm = stated.get("quant_algo", "FP8")
     if algorithm != "FP8":
         raise refuse(checkpoint, f"ModelOpt's {algorithm!r}; FP8 is read")
     if config.get("fmt", "e4m3") not in ("e4m3", "float8_e4m3fn"):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fxlm.compiler import ops
-from fxlm.models.formats import LogicalTensor
+from fxlm.models.formats import LogicalTensor, refuse
 from fxlm.models.gguf_file import GgufTensor
 from fxlm.models.gguf_names import Place, places
 
@@ -33,12 +33,13 @@ def read(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, Logical
     """The dense tensors under the names of the Hugging Face model; see `fxlm.models.formats`.
 
     Raises:
-        InvalidModel: a tensor that the model of this architecture does not have.
+        InvalidModel: a tensor that this architecture does not have, or of no GGUF file.
     """
     ops.load()
     made = {}
     for name, info in checkpoint.tensors.items():
-        assert isinstance(info, GgufTensor), name
+        if not isinstance(info, GgufTensor):
+            raise refuse(checkpoint, f"its quantization is gguf, but {name!r} is in no GGUF file")
         for place in places(checkpoint, name, info.dense_shape):
             made[place.name] = _logical(name, info, place)
     return made

@@ -120,8 +120,10 @@ def _inputs(
     """How many inputs there are, and the tensor that says in which order; empty: as they come."""
     name = f"{module}.g_idx"
     if name in checkpoint.tensors:
-        info = require(checkpoint, name, dtypes=("I32", "I64"))
-        return info.shape[0], name
+        shape = require(checkpoint, name, dtypes=("I32", "I64")).shape
+        if len(shape) != 1 or 0 in shape:
+            raise refuse(checkpoint, f"{name} has shape {list(shape)}, must be a vector")
+        return shape[0], name
     if config.get("desc_act"):
         require(checkpoint, name, dtypes=("I32",), why="desc_act")
     bits = config.get("bits")

@@ -99,6 +99,12 @@ def refused(folder: Path | str, *words: str, **options: bool) -> None:
         assert word in str(error.value)
 
 
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config", "text_config"])
+def test_settings_that_are_no_object_are_refused(key: str, folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps(CONFIG | {key: []}))
+    refused(folder, f"{key} in ", "is [], must be an object")
+
+
 def test_truncated_file_names_file_and_tensor(folder: Path) -> None:
     data = (folder / SINGLE).read_bytes()
     (folder / SINGLE).write_bytes(data[:-8])

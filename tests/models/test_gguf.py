@@ -15,6 +15,7 @@ from fxlm.models.binding import bind
 from fxlm.models.build import build_model
 from fxlm.models.bundled import BUNDLED
 from fxlm.models.checkpoint import open_checkpoint
+from fxlm.models.formats import logical_tensors
 from fxlm.models.gguf_file import GgufFile
 from fxlm.models.tokenizer import Tokenizer
 from tests.checkpoints import TEXT, make_checkpoint
@@ -216,3 +217,21 @@ def test_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(InvalidModel, match="architecture 'rwkv9'"):
         open_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        (b"llama.attention.head_count", 0, "attention.head_count 0"),
+        (b"llama.block_count", 1, r"has a tensor 'blk\.1\..*, but its block_count is 1"),
+    ],
+)
+def test_counts_that_contradict_the_tensors_are_refused(
+    key: bytes, value: int, message: str, tmp_path: Path
+) -> None:
+    path = made(tmp_path)
+    data = bytearray(path.read_bytes())
+    struct.pack_into("<I", data, data.index(key) + len(key) + 4, value)  # behind its type
+    path.write_bytes(data)
+    with pytest.raises(InvalidModel, match=message):
+        logical_tensors(open_checkpoint(path))

@@ -202,6 +202,7 @@ WRONGS: dict[str, tuple[Any, str]] = {
     "no group": (lambda _, c: c.update(config_groups={}), "no config_groups target fits"),
     "unread format": (lambda _, c: c.update(format="nvfp4-pack-quantized"), "'nvfp4-pack-quant"),
     "sparse": (lambda _, c: c.update(sparsity_config={"format": "sparse-24-bitmask"}), "sparse"),
+    "sparsity in a word": (lambda _, c: c.update(sparsity_config="2:4"), "is '2:4', must be an"),
     "transforms": (
         lambda _, c: c.update(transform_config={"config_groups": {"u": {}}}),
         "transforms",

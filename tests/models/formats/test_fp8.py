@@ -61,6 +61,7 @@ def test_scales_that_are_powers_of_two(tmp_path: Path) -> None:
             r"has shape \[2, 3\], must be \[3, 3\]",
         ),
         ({"m.weight_scale": torch.ones(1)}, {"fmt": "e5m2"}, "fp8 of format 'e5m2'"),
+        ({}, {"quantization": "FP8"}, "quantization is 'FP8', must be an object"),
         ({}, {"weight_block_size": 128}, "weight_block_size=128; must be two counts"),
         ({}, {"weight_block_size": [128]}, r"weight_block_size=\[128\]; must be two counts"),
         ({}, {"weight_block_size": [0, 128]}, r"weight_block_size=\[0, 128\]; must be two counts"),

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import gguf
 import numpy as np
 import pytest
 import torch
 
 from fxlm.compiler import ops
+from fxlm.compiler.errors import InvalidModel
 from fxlm.models.formats.gguf import DECODERS
 from fxlm.models.gguf_file import TYPES
+from tests.models.formats.reading import read, write
 
 # Bytes of a block at which a float16 stands: random ones would be infinite.
 HALVES = {
@@ -40,3 +44,9 @@ def test_equals_the_library(name: str) -> None:
     expected = gguf.quants.dequantize(flat, gguf.GGMLQuantizationType(number))
     torch.testing.assert_close(found, torch.from_numpy(expected), rtol=1e-6, atol=1e-5)
     assert bits == 8 or (codes.min() >= -8 and codes.max() <= 7)
+
+
+def test_tensors_of_another_file_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, {"m.weight": torch.ones(2, 2)}, quant_method="gguf")
+    with pytest.raises(InvalidModel, match=r"is gguf, but 'm.weight' is in no GGUF file"):
+        read(path, "m.weight")

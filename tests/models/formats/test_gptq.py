@@ -44,6 +44,13 @@ def test_desc_act_without_an_index_is_refused(tmp_path: Path) -> None:
         read(write(tmp_path, tensors, **settings("v1_4_desc_act")), "m.weight")
 
 
+def test_an_index_of_another_shape_is_refused(tmp_path: Path) -> None:
+    tensors, _ = golden("gptq.safetensors", "v1_4")
+    tensors["m.g_idx"] = tensors["m.g_idx"].unsqueeze(1)
+    with pytest.raises(InvalidModel, match=r"m.g_idx has shape \[128, 1\], must be a vector"):
+        read(write(tmp_path, tensors, **settings("v1_4")), "m.weight")
+
+
 def test_zero_points_of_another_width_are_refused(tmp_path: Path) -> None:
     tensors, _ = golden("gptq.safetensors", "v2_8")
     tensors["m.qzeros"] = tensors["m.qzeros"][:, :8].contiguous()
