@@ -127,7 +127,7 @@ def open_artifact(path: Path) -> Artifact:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else None
         raise ArtifactError(f"{path} has format {found!r}; this build reads {FORMAT}")
-    if manifest.pop("digest", None) != _content_digest(manifest):
+    if manifest.pop("digest", None) != content_digest(manifest):
         raise ArtifactError(f"{path / MANIFEST} is damaged: its digest is not that of its content")
     for name, entry in manifest["files"].items():
         _check_file(path / name, entry)
@@ -155,7 +155,8 @@ def _check_file(path: Path, entry: dict[str, Any]) -> None:
         raise ArtifactError(f"{path} is damaged: its digest is not the one in {MANIFEST}")
 
 
-def _content_digest(content: Any) -> str:
+def content_digest(content: Any) -> str:
+    """SHA-256 of what JSON can hold, as hexadecimal digits; the order of keys does not count."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -214,5 +215,5 @@ def write_manifest(work: Path, content: dict[str, Any]) -> None:
         if file.is_file()
     }
     whole = json.loads(json.dumps({"format": FORMAT, **content, "files": files}))
-    text = json.dumps({**whole, "digest": _content_digest(whole)}, indent=1)
+    text = json.dumps({**whole, "digest": content_digest(whole)}, indent=1)
     (work / MANIFEST).write_text(text + "\n")

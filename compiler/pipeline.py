@@ -183,21 +183,25 @@ def run(program: Program, passes: Iterable[GraphPass]) -> Program:
 
 
 def _run_one(program: Program, item: GraphPass) -> PassReport:
+    program.eliminate_dead_code()  # what was dead before is no change of this pass
     before = op_counts(program.graph)
+    earlier = None if item.is_ours else _state(program)
     expected = item.expects(program) if callable(item.expects) else item.expects
     program.misses.clear()
     program.notes.clear()
     started = time.perf_counter()
     try:
         rewrites = item.run(program, **item.options)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if isinstance(error, FxlmError):
             raise
         reason = f"{type(error).__name__}: {error} ({_where(error)})"
         raise PassError(f"pass {item.name} failed: {reason}") from error
     seconds = time.perf_counter() - started
-    if not isinstance(rewrites, int):
-        raise PassError(f"pass {item.name} returned {rewrites!r}; it must return a count (int)")
+    if not isinstance(rewrites, int) or isinstance(rewrites, bool) or rewrites < 0:
+        raise PassError(
+            f"pass {item.name} returned {rewrites!r}; it must return how many places it rewrote"
+        )
     if expected is not None and rewrites != expected:
         nearest = f"; nearest miss: {program.misses[-1]}" if program.misses else ""
         raise PassError(
@@ -206,6 +210,8 @@ def _run_one(program: Program, item: GraphPass) -> PassReport:
     if item.stage is not None:
         program.stage = item.stage
     _settle(program, item)
+    if earlier is not None:
+        _check_count(item, rewrites, changed=_state(program) != earlier)
     after = op_counts(program.graph)
     added, removed = op_diff(before, after)
     return PassReport(
@@ -226,6 +232,29 @@ def _settle(program: Program, item: GraphPass) -> None:
     except (ContractError, RuntimeError, ValueError, TypeError) as error:
         reason = str(error).splitlines()[0]  # lint appends the whole graph
         raise PassError(f"pass {item.name} left an unlawful graph: {reason}") from error
+
+
+def _state(program: Program) -> tuple[Any, ...]:
+    """What a pass may change, so that two of them are equal if it changed nothing."""
+    calls = [f"{n.op} {n.name} {n.target} {n.args} {n.kwargs}" for n in program.graph.nodes]
+    books = program.inputs, program.caches, program.facts, program.taps, program.steered
+    constants = {name: (id(value), value._version) for name, value in program.constants.items()}
+    return calls, repr(books), constants, program.stage, program.max_tokens
+
+
+def _check_count(item: GraphPass, rewrites: int, *, changed: bool) -> None:
+    """Refuse a count that the program belies."""
+    if rewrites and not changed:
+        raise PassError(
+            f"pass {item.name} returned {rewrites}, but the program is as it was before: calls that"
+            " nothing uses are dropped (program.replace(old, new) gives them users); a pass that"
+            " only looks returns 0"
+        )
+    if changed and not rewrites:
+        raise PassError(
+            f"pass {item.name} returned 0, but changed the program; it must return how many places"
+            " it rewrote"
+        )
 
 
 def _where(error: BaseException) -> str:

@@ -1,7 +1,8 @@
 """The stamp of an artifact: the errors that `fxlm verify` found, in a file of its own.
 
 ``verified.json`` lies beside the manifest and is no part of its digests. It holds for one
-manifest and one set of weights; for any other it counts as absent. Imports no torch.
+manifest and one set of weights; for any other it counts as absent, and so it does where its own
+digest is not that of its content. Imports no torch.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from fxlm.compiler.artifact import MANIFEST, Artifact, file_digest
+from fxlm.compiler.artifact import MANIFEST, Artifact, content_digest, file_digest
 from fxlm.compiler.errors import InvalidOption
 
 FILE = "verified.json"
@@ -92,7 +93,8 @@ def write(artifact: Artifact, stamp: Stamp) -> None:
     try:
         handle, name = tempfile.mkstemp(prefix=f".{FILE}.", dir=artifact.path)
         with os.fdopen(handle, "w") as file:
-            json.dump(asdict(stamp), file, indent=1)
+            content = asdict(stamp)
+            json.dump({**content, "digest": content_digest(content)}, file, indent=1)
         os.chmod(name, 0o644)
         os.replace(name, artifact.path / FILE)
     except OSError as error:
@@ -108,8 +110,11 @@ def read(artifact: Artifact, weights: str) -> Stamp | None:
     """The stamp, if it is of this very artifact and of these weights."""
     try:
         found = json.loads((artifact.path / FILE).read_text())
+        digest = found.pop("digest")
         stamp = Stamp(**{f.name: found[f.name] for f in fields(Stamp)})
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    if digest != content_digest(found):
         return None
     same = stamp.manifest == manifest_digest(artifact) and stamp.weights == weights
     return stamp if same and stamp.errors else None

@@ -76,6 +76,15 @@ def test_damage_is_repaired(build: Compile) -> None:
     assert open_artifact(path)
 
 
+def test_others_may_read_it(build: Compile) -> None:
+    files = [file for file in build().artifact.path.rglob("*") if file.is_file()]
+    plain = files[0].parent / "plain"
+    plain.touch()  # with the mode that the umask gives
+    assert {file.name: file.stat().st_mode for file in files} == dict.fromkeys(
+        (file.name for file in files), plain.stat().st_mode
+    )
+
+
 def test_it_holds_no_absolute_path_and_no_pickle(build: Compile, tmp_path: Path) -> None:
     path = build().artifact.path
     for file in path.rglob("*"):

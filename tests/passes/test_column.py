@@ -109,9 +109,47 @@ def test_a_pass_that_breaks_the_graph_is_named() -> None:
         pipeline.run(captured(), [careless])
 
 
-def test_a_pass_that_returns_no_count_is_refused() -> None:
-    with pytest.raises(PassError, match="must return a count"):
-        pipeline.run(captured(), [graph_pass(lambda program: None)])
+@pytest.mark.parametrize("count", [None, True, -1, 1.0])
+def test_a_pass_that_returns_no_count_is_refused(count: object) -> None:
+    with pytest.raises(PassError, match="must return how many"):
+        pipeline.run(captured(), [graph_pass(lambda program: count)])  # type: ignore[arg-type,return-value]
+
+
+def test_a_count_without_a_change_is_refused() -> None:
+    @graph_pass
+    def boastful(program: Program) -> int:
+        node = program.linears("down_proj")[0]
+        with program.graph.inserting_before(node.next):
+            program.call(torch.ops.aten.neg.default, node, like=node)  # nobody uses it
+        return 1
+
+    with pytest.raises(PassError, match="boastful returned 1, but the program is as it was"):
+        pipeline.run(captured(), [boastful])
+
+
+def test_a_change_without_a_count_is_refused() -> None:
+    @graph_pass
+    def silent(program: Program) -> int:
+        node = program.find(torch.ops.aten.silu.default)[0]
+        node.target = torch.ops.aten.relu.default
+        return 0
+
+    with pytest.raises(PassError, match="silent returned 0, but changed the program"):
+        pipeline.run(captured(), [silent])
+
+
+def test_a_pass_that_only_looks_returns_none() -> None:
+    (report,) = pipeline.run(captured(), [nothing]).log
+    assert (report.rewrites, report.added, report.removed) == (0, {}, {})
+
+
+def test_a_pass_that_exits_is_named() -> None:
+    @graph_pass
+    def leaving(program: Program) -> int:
+        raise SystemExit(3)
+
+    with pytest.raises(PassError, match="pass leaving failed: SystemExit: 3"):
+        pipeline.run(captured(), [leaving])
 
 
 def test_a_pass_that_breaks_shapes_is_named_itself() -> None:

@@ -128,6 +128,17 @@ def test_a_damaged_stamp_is_none(text: str, verified: Verified) -> None:
     stamp.write(made.artifact, found)
 
 
+@pytest.mark.parametrize(("old", "new"), [("absolute", "absolutd"), ('"date": "2', '"date": "3')])
+def test_a_stamp_with_a_wrong_byte_is_none(old: str, new: str, verified: Verified) -> None:
+    found, made = verified
+    path = made.artifact.path / stamp.FILE
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    assert stamp.line(made.artifact, found.weights) == stamp.NOT_VERIFIED
+    stamp.write(made.artifact, found)
+
+
 def test_a_copied_stamp_is_none(verified: Verified, tmp_path: Path) -> None:
     found, made = verified
     content = made.artifact.manifest
