@@ -21,7 +21,7 @@ from fxlm.compiler.errors import InvalidModel
 from fxlm.models.gguf_file import GgufFile
 from fxlm.models.gguf_names import SET_ASIDE, config_of
 
-LAYOUT = "1"  # of what is written; another one is made anew
+LAYOUT = "2"  # of what is written; another one is made anew
 _PART = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<total>\d{5})\.gguf$")
 # Tokens that end a turn, beside the end of the text.
 _TURN_ENDS = ("eot", "eom")
@@ -73,6 +73,18 @@ def _parts(path: Path) -> list[Path]:
     return parts
 
 
+def _dtype_of(files: list[GgufFile]) -> str:
+    """What to compute in, which a file does not state: what its matrices are stored in.
+
+    Quantized ones come of 16-bit models; vectors are float32 in every file.
+    """
+    tensors = (tensor for file in files for tensor in file.tensors.values())
+    found = {tensor.dtype for tensor in tensors if len(tensor.dense_shape) > 1}
+    if found <= {"F32"}:
+        return "float32"
+    return "float16" if found <= {"F16", "F32"} else "bfloat16"
+
+
 def _write(work: Path, files: list[GgufFile]) -> None:
     from fxlm.models.gguf_tokenizer import write_tokenizer
 
@@ -84,6 +96,7 @@ def _write(work: Path, files: list[GgufFile]) -> None:
                 names[name] = file.read(name).tolist()
     config = config_of(values, names, files[0].path)
     config["quantization_config"] = {"quant_method": "gguf"}
+    config["dtype"] = _dtype_of(files)
     (work / "config.json").write_text(json.dumps(config, indent=1))
     ends = [values.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", *_TURN_ENDS)]
     numbers = [number for number in dict.fromkeys(ends) if number is not None]

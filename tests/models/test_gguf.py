@@ -75,6 +75,13 @@ def test_the_model_is_the_one_that_was_written(family: str, tmp_path: Path) -> N
     torch.testing.assert_close(logits(path), logits(tmp_path / "source"), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("F32", "float32"), ("F16", "float16"), ("Q8_0", "bfloat16")]
+)
+def test_what_to_compute_in_follows_the_matrices(kind: str, dtype: str, tmp_path: Path) -> None:
+    assert open_checkpoint(made(tmp_path, "llama", kind)).config["dtype"] == dtype
+
+
 def test_a_quantized_model_stays_close(tmp_path: Path) -> None:
     path = made(tmp_path, "llama", "Q8_0")
     found, expected = parameters(path), parameters(tmp_path / "source")
