@@ -281,12 +281,14 @@ def _costs(snapshot: Snapshot, shapes: Sequence[Shape]) -> list[dict[str, Any]]:
 
 # ---- with and without ------------------------------------------------------------------------
 
+UNCHANGED = "it changed nothing here, so the step without it is the same"
+
 
 def _add_times(
     passes: list[dict[str, Any]], checkpoint: Checkpoint, options: CompileOptions,
     choices: Choices, cache_dir: Path | None, tell: Tell,
 ) -> None:  # fmt: skip
-    """Time the whole step with every pass, and without each that can be left out."""
+    """Time the whole step with every pass, and without each that did something and can go."""
     with tempfile.TemporaryDirectory() as place:
         root = cache_dir if cache_dir is not None and choices.times == "compiled" else Path(place)
 
@@ -299,6 +301,8 @@ def _add_times(
         whole = make(None)
         for entry in passes:
             reason = _needed(entry["name"], checkpoint, options)
+            if not reason and not entry["rewrites"]:
+                reason = UNCHANGED
             if reason:
                 entry["without"] = {"reason": reason}
                 continue

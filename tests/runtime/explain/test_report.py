@@ -11,7 +11,7 @@ from fxlm.compiler.options import CompileOptions
 from fxlm.models.checkpoint import open_checkpoint
 from fxlm.models.tiny import write_checkpoint
 from fxlm.runtime.explain.page import render
-from fxlm.runtime.explain.report import Choices, explain
+from fxlm.runtime.explain.report import UNCHANGED, Choices, explain
 from fxlm.runtime.explain.text import RECOMPUTED, lines
 
 
@@ -62,3 +62,16 @@ def test_costs_without_a_cache_say_that_the_context_is_run_anew() -> None:
     assert RECOMPUTED in lines(report, ["fuse_qkv"])
     assert RECOMPUTED not in lines(report, ["pack_linears"])
     assert RECOMPUTED.capitalize() in render(report)
+
+
+def test_the_step_without_a_pass_that_changed_nothing_is_not_timed() -> None:
+    shape = Shape(name="one", num_seqs=1, num_new=1, context=2)
+    said: list[str] = []
+    choices = Choices(numbers=False, limits=False, shapes=(shape,))
+    report = explain(open_checkpoint("bundled-draft"), CompileOptions(), choices, tell=said.append)
+    without = {e["name"]: e["without"] for e in report["passes"] if "without" in e}
+    assert without["fuse_activation"] == {"reason": UNCHANGED}
+    assert "times" in without["fuse_qkv"]
+    assert "the step without fuse_activation" not in said
+    report["machine"] |= {"read_gbs": 40.0, "matmul_tflops": 0.5}
+    assert "no effect" in render(report)
