@@ -6,7 +6,6 @@ Machine totals mislead in a container; the smallest of all limits counts.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import math
 import os
 import time
@@ -28,21 +27,6 @@ def num_cores() -> tuple[int, str]:
     if quota is not None and quota < (cores or 1):
         return max(1, math.floor(quota)), f"the control group grants {quota:g} CPUs"
     return cores or 1, "cores of the CPU affinity"
-
-
-def keep_freed_memory() -> bool:
-    """Have the C library reuse memory that was freed instead of giving it back to the system.
-
-    Tensors of a step come and go at every layer. glibc maps each above 32 MiB anew, and trims its
-    heap: pages are zeroed and faulted in at every use, which took 0.9 to 1.2 s of a step of 2048
-    tokens of the Llama-3.2-1B shape. Holds for the whole process. What was needed once stays.
-
-    Returns:
-        Whether it can be had here: with glibc.
-    """
-    trim_threshold, mmap_max = -1, -4  # of malloc.h
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and bool(mallopt(trim_threshold, 2**31 - 1) & mallopt(mmap_max, 0))
 
 
 def process_started() -> float:

@@ -52,8 +52,6 @@ class ModelWorker:
         self._weights = weights
         self._step = Step(artifact, weights, self._caches)
         self._next: Step | None = None
-        if self.device.type == "cpu":  # weights and caches are where they stay
-            machine.keep_freed_memory()
 
     @property
     def spec(self) -> WorkerSpec:

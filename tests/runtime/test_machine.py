@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import platform
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -51,22 +48,3 @@ def test_a_group_of_the_first_version_without_limit_uses_up_nothing(group: Path)
 def test_cpu_quota(group: Path, quota: str, cores: int) -> None:
     (group / "cpu.max").write_text(quota)
     assert machine.num_cores()[0] == cores
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
-def test_freed_memory_is_used_again_without_page_faults() -> None:
-    code = """
-import resource, torch
-from fxlm.runtime.machine import keep_freed_memory
-def faults():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-def use():
-    before = faults()
-    torch.ones(24 << 20)
-    return faults() - before
-assert keep_freed_memory()
-use()
-print(use())
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 1000
