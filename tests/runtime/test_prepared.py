@@ -30,8 +30,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, Checkpoin
 
 
 @pytest.fixture(autouse=True)
-def _every_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def _every_size_on_an_empty_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepared, "SMALLEST_BYTES", 0)
+    monkeypatch.setattr(prepared.shutil, "disk_usage", lambda _: _Disk(total=1 << 40, free=1 << 40))
 
 
 def files(folder: Path) -> list[str]:
