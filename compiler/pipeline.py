@@ -177,13 +177,13 @@ def run(program: Program, passes: Iterable[GraphPass]) -> Program:
             unlawful graph; the message names the pass.
         FxlmError: what a pass raises of its own, e.g. InvalidOption.
     """
+    program.eliminate_dead_code()  # after each pass `_settle` does
     for item in passes:
         program.log.append(_run_one(program, item))
     return program
 
 
 def _run_one(program: Program, item: GraphPass) -> PassReport:
-    program.eliminate_dead_code()  # what was dead before is no change of this pass
     before = op_counts(program.graph)
     earlier = None if item.is_ours else _state(program)
     expected = item.expects(program) if callable(item.expects) else item.expects
