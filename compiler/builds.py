@@ -23,6 +23,7 @@ from pathlib import Path
 from unittest import mock
 
 from fxlm.compiler import headers
+from fxlm.compiler.sharing import gated
 
 # Behind the include of a wrapper's own header; said in the one place, taken back in the others.
 _RUNTIME = "#include <torch/csrc/inductor/aoti_runtime/model.h>\n"
@@ -100,6 +101,9 @@ class Builds:
                 shared, own = halves
                 self._shared[output] = self._runtime(words, index, shared)
                 words[index] = own
+            elif word.endswith(".kernel.cpp"):
+                source = Path(word)
+                source.write_text(gated(source.read_text()))
         return self._pool.submit(self._compile_behind, words, self._header(words))
 
     def _header(self, words: list[str]) -> Future[Path | None]:

@@ -22,6 +22,7 @@ from unittest import mock
 import torch
 from torch import fx, nn
 
+from fxlm.compiler import sharing
 from fxlm.compiler.builds import BuildFailed, side_by_side
 from fxlm.compiler.cache import cache_directory
 from fxlm.compiler.errors import UnsupportedModel
@@ -124,6 +125,7 @@ def default_options() -> dict[str, Any]:
         "aot_inductor.compile_wrapper_opt_level": "O0",
         "size_asserts": False,
         "nan_asserts": False,
+        **sharing.OPTIONS,
     }
 
 
