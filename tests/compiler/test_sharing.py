@@ -35,9 +35,9 @@ def test_a_section_is_shared_from_enough_elements_on() -> None:
 
 
 def test_each_kernel_has_its_own_condition() -> None:
-    wide = ROWS.replace("1024L", "8192L").replace("ks0", "ks1")
+    wide = ROWS.replace("1024L", "2048L").replace("ks0", "ks1")
     found = _conditions(gated(ROWS + wide))
-    assert found == [f" if(ks0 >= {ENOUGH // 1024})", f" if(ks1 >= {ENOUGH // 8192})"]
+    assert found == [f" if(ks0 >= {ENOUGH // 1024})", f" if(ks1 >= {ENOUGH // 2048})"]
 
 
 def test_one_long_loop_counts_what_each_row_holds() -> None:
