@@ -70,6 +70,9 @@ float largest(const float* x, int64_t count) {
 
 // To the nearest integer, ties to even; |x| <= 2**23. NaN gives anything.
 inline vi nearest(vf x) {
+#if defined(__AVX512F__)
+  return (vi)_mm512_cvtps_epi32((__m512)x);
+#endif
   const vi sign = bit_cast<vi>(x) >> 31;
   const vi whole = (bit_cast<vi>(magnitude(x) + 0x1p23f) & 0x7fffffff) - 0x4b000000;
   return (whole ^ sign) - sign;
@@ -400,29 +403,86 @@ struct Int8Layer {
 
   template <class Lines>
   void pack(int64_t first, int64_t last, const Lines& lines) const {
-    static thread_local Scratch floats, bytes;
-    const int64_t tiles = ceil_div(args.inputs, kTileBytes), padded = tiles * kTileBytes;
-    float* x = floats.take<float>(padded);
-    int8_t* codes = bytes.take<int8_t>(padded);
+    static thread_local Scratch floats;
     for (int64_t row = first; row < last; ++row) {
-      read_row(args, row, x);
-      std::memset(x + args.inputs, 0, (padded - args.inputs) * sizeof(float));
-      row_scale[row] = scale_of(largest(x, padded), 1);
-      int32_t sum = 0;
-      split<1>(x, padded, row_scale[row], &codes, &sum);
-      row_sum[row] = float(sum);
-      for (int64_t tile = 0; tile < tiles; ++tile)
-        std::memcpy(lines(row, tile), codes + tile * kTileBytes, kTileBytes);
+      const Bf16* x = static_cast<const Bf16*>(args.x) + args.rows[row];
+      if (args.dtype == Dtype::bf16 && args.x_stride == 1) {
+        pack_row(x, row, lines);
+      } else {
+        float* wide = floats.take<float>(args.inputs);
+        read_row(args, row, wide);
+        pack_row(wide, row, lines);
+      }
     }
   }
 
-  void write(int64_t panel, int64_t row, const int32_t* left, const int32_t* right, bool) const {
+  void write(int64_t panel, int64_t row, const int32_t* left, const int32_t* right,
+             bool many) const {
+    if (many && args.dtype == Dtype::bf16 && lines(panel, row, left, right)) return;
     alignas(64) float sums[kPanel];
     std::memcpy(sums, left, sizeof sums / 2);
     std::memcpy(sums + kHalfPanel, right, sizeof sums / 2);
     scale_whole(sums, kPanel, args.scale + panel * kPanel,
                 args.offset ? args.offset + panel * kPanel : nullptr, row_sum[row]);
     finish(args, sums, row_scale, panel, row, 1);
+  }
+
+ private:
+  template <class T, class Lines>
+  void pack_row(const T* x, int64_t row, const Lines& lines) const {
+    const int64_t whole = args.inputs / W * W;
+    const auto at = [&](int64_t k) {
+      return k < whole ? load(x + k) : load_part(x + k, int(std::max(args.inputs - k, int64_t{0})));
+    };
+    vf most{}, poison{};
+    for (int64_t k = 0; k < args.inputs; k += W) {
+      const vf v = at(k);
+      most = vmax(magnitude(v), most);
+      poison = poison + v * 0.0f;
+    }
+    const float scale = scale_of(lanes_max(most) + lanes_sum(poison), 1);
+    vi sum{};
+    for (int64_t tile = 0; tile * kTileBytes < args.inputs; ++tile) {
+      int8_t* line = reinterpret_cast<int8_t*>(lines(row, tile));
+      for (int64_t k = 0; k < kTileBytes; k += W) {
+        const vi code = nearest(at(tile * kTileBytes + k) / scale);
+        store_bytes(line + k, code);
+        sum += code;
+      }
+    }
+    row_scale[row] = scale;
+    row_sum[row] = float(lanes_total(sum));
+  }
+
+  // Whole lines of a bf16 result, past the caches; false: not written, they are none.
+  bool lines(int64_t panel, int64_t row, const int32_t* left, const int32_t* right) const {
+    if (args.gated) return line(panel, row, left, 0, panel * kHalfPanel, right);
+    const int64_t first = panel * kPanel;
+    return line(panel, row, left, 0, first, nullptr) &&
+           line(panel, row, right, kHalfPanel, first + kHalfPanel, nullptr);
+  }
+
+  // The outputs from `first` on: of half a panel, each times that of `up`, if given.
+  bool line(int64_t panel, int64_t row, const int32_t* sums, int64_t half, int64_t first,
+            const int32_t* up) const {
+    const int64_t columns = up ? args.outputs / 2 : args.outputs;
+    if (columns - first < kHalfPanel) return false;
+    vf values[kHalfPanel / W];
+    for (int i = 0; i < kHalfPanel / W; ++i) {
+      values[i] = apply(args.function, output(panel, row, sums, half, first, i));
+      if (up) values[i] = values[i] * output(panel, row, up, kHalfPanel, columns + first, i);
+    }
+    return stream_line(static_cast<Bf16*>(args.out) + row * columns + first, values);
+  }
+
+  // A vector of sums of half a panel as outputs; the bias of its first is `bias`.
+  vf output(int64_t panel, int64_t row, const int32_t* sums, int64_t half, int64_t bias,
+            int i) const {
+    const int64_t column = panel * kPanel + half + i * W;
+    vf sum = to_floats(bits_load<vi>(sums + i * W)) * load(args.scale + column);
+    if (args.offset) sum = fused(broadcast(row_sum[row]), load(args.offset + column), sum);
+    const vf value = sum * row_scale[row];
+    return args.bias ? value + load(static_cast<const Bf16*>(args.bias) + bias + i * W) : value;
   }
 };
 
