@@ -245,7 +245,8 @@ class TileProduct {
     kStream ? tile_stream<T>(from, stride) : tile_load<T>(from, stride);
   }
 
-  // 32 rows of x by 32 outputs: sums[row][kHalf] += a b over some tiles of steps.
+  // 32 rows of x by 32 outputs: sums[row][kHalf] += a b over some tiles of steps. Tiles are loaded
+  // as soon as the product that needed what they held is under way.
   template <bool kStream>
   static void product(const uint32_t* a, const Operand& b, int64_t tiles, bool first, Sum* sums,
                       Between& between) {
@@ -258,14 +259,20 @@ class TileProduct {
       read_tile<kStream, 2>(below, row), read_tile<kStream, 3>(below + 16, row);
     }
     const uint32_t* at = b.base;
-    for (int64_t tile = 0; tile < tiles; ++tile, a += kPair * kSteps, at += b.below) {
+    read_tile<kStream, 4>(a, 64), read_tile<kStream, 5>(a + kTileRows * kSteps, 64);
+    tile_load<6>(at, b.step), tile_load<7>(at + b.beside, b.step);
+    for (int64_t tile = 1; tile < tiles; ++tile) {
+      a += kPair * kSteps, at += b.below;
       between.go_on();
-      read_tile<kStream, 4>(a, 64), tile_load<6>(at, b.step);
-      Layer::template multiply<0, 4, 6>();
-      tile_load<7>(at + b.beside, b.step), Layer::template multiply<1, 4, 7>();
+      Layer::template multiply<0, 4, 6>(), Layer::template multiply<1, 4, 7>();
+      read_tile<kStream, 4>(a, 64);
+      Layer::template multiply<2, 5, 6>(), tile_load<6>(at, b.step);
+      Layer::template multiply<3, 5, 7>(), tile_load<7>(at + b.beside, b.step);
       read_tile<kStream, 5>(a + kTileRows * kSteps, 64);
-      Layer::template multiply<2, 5, 6>(), Layer::template multiply<3, 5, 7>();
     }
+    between.go_on();
+    Layer::template multiply<0, 4, 6>(), Layer::template multiply<1, 4, 7>();
+    Layer::template multiply<2, 5, 6>(), Layer::template multiply<3, 5, 7>();
     tile_store<0>(sums, row), tile_store<1>(sums + 16, row);
     tile_store<2>(below, row), tile_store<3>(below + 16, row);
   }
