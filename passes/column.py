@@ -19,6 +19,7 @@ from fxlm.passes.paged_attention import paged_attention
 from fxlm.passes.quantize import quantize
 from fxlm.passes.sample import sample
 from fxlm.passes.shard import shard
+from fxlm.passes.split_rope import split_rope
 from fxlm.passes.steer import steer
 from fxlm.passes.tap import tap
 from fxlm.passes.verify import verify
@@ -37,6 +38,7 @@ COLUMN: tuple[GraphPass, ...] = (
     sample,  # token ids leave the graph, logits do not
     verify,  # counts the drafted tokens that hold; only where something is drafted
     cut_stages,  # this stage's layers; left out unless several stages share the model
+    split_rope,  # rotary embeddings without a copy of swapped halves
     fuse_quantized_linear,  # linears that read quantized weights as they are
     fuse_activation,  # those apply the activation and the gate that follow, too
     pack_linears,  # weights in panels; left out where it does not pay
