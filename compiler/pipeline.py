@@ -178,14 +178,19 @@ def run(program: Program, passes: Iterable[GraphPass]) -> Program:
         FxlmError: what a pass raises of its own, e.g. InvalidOption.
     """
     program.eliminate_dead_code()  # after each pass `_settle` does
+    state: tuple[Any, ...] | None = None  # as the pass before left it, if that is known
     for item in passes:
-        program.log.append(_run_one(program, item))
+        earlier = None if item.is_ours else state or _state(program)
+        report = _run_one(program, item)
+        state = None if earlier is None else _state(program)
+        if earlier is not None:
+            _check_count(item, report.rewrites, changed=state != earlier)
+        program.log.append(report)
     return program
 
 
 def _run_one(program: Program, item: GraphPass) -> PassReport:
     before = op_counts(program.graph)
-    earlier = None if item.is_ours else _state(program)
     expected = item.expects(program) if callable(item.expects) else item.expects
     program.misses.clear()
     program.notes.clear()
@@ -210,8 +215,6 @@ def _run_one(program: Program, item: GraphPass) -> PassReport:
     if item.stage is not None:
         program.stage = item.stage
     _settle(program, item)
-    if earlier is not None:
-        _check_count(item, rewrites, changed=_state(program) != earlier)
     after = op_counts(program.graph)
     added, removed = op_diff(before, after)
     return PassReport(

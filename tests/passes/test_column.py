@@ -151,6 +151,14 @@ def test_a_pass_that_only_looks_returns_none() -> None:
     assert (report.rewrites, report.added, report.removed) == (0, {}, {})
 
 
+def test_the_program_is_compared_once_between_two_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Program] = []
+    whole = pipeline._state
+    monkeypatch.setattr(pipeline, "_state", lambda program: (seen.append(program), whole(program)))
+    pipeline.run(captured(), [nothing, graph_pass(name="other")(lambda program: 0)])
+    assert len(seen) == 3
+
+
 def test_a_pass_that_exits_is_named() -> None:
     @graph_pass
     def leaving(program: Program) -> int:
