@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fxlm.compiler.errors import InvalidModel
+from fxlm.models.shorten import STORED
 
 if TYPE_CHECKING:
     import torch
@@ -227,7 +228,7 @@ def places(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> Iterato
         raise InvalidModel(
             f"{checkpoint.path} has a tensor {name!r}, which a {kind.model_type} has not"
         )
-    count = checkpoint.config.get("num_hidden_layers")
+    count = checkpoint.config.get(STORED, checkpoint.config.get("num_hidden_layers"))
     if layer and isinstance(count, int) and int(layer[1]) >= count:
         raise InvalidModel(
             f"{checkpoint.path} has a tensor {name!r}, but its block_count is {count}; "

@@ -17,6 +17,7 @@ from fxlm.models.bundled import BUNDLED
 from fxlm.models.checkpoint import open_checkpoint
 from fxlm.models.formats import logical_tensors
 from fxlm.models.gguf_file import GgufFile
+from fxlm.models.shorten import shorten
 from fxlm.models.tokenizer import Tokenizer
 from tests.checkpoints import TEXT, make_checkpoint
 from tests.models.gguf_writing import write_gguf
@@ -161,6 +162,13 @@ def test_a_directory_with_one_file_is_that_file(tmp_path: Path) -> None:
     folder.mkdir()
     path.rename(folder / "m.gguf")
     assert open_checkpoint(folder).config["model_type"] == "llama"
+
+
+def test_its_first_layers_are_a_checkpoint(tmp_path: Path) -> None:
+    whole = open_checkpoint(made(tmp_path))
+    (tmp_path / "short").mkdir()
+    short = shorten(whole, 1, tmp_path / "short")
+    assert bind(short, build_model(short, torch.float32)).targets
 
 
 def test_two_files_must_be_told_apart(tmp_path: Path) -> None:
