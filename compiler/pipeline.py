@@ -178,14 +178,19 @@ def run(program: Program, passes: Iterable[GraphPass]) -> Program:
         FxlmError: what a pass raises of its own, e.g. InvalidOption.
     """
     program.eliminate_dead_code()  # after each pass `_settle` does
+    state: tuple[Any, ...] | None = None  # as the pass before left it, if that is known
     for item in passes:
-        program.log.append(_run_one(program, item))
+        earlier = None if item.is_ours else state or _state(program)
+        report = _run_one(program, item)
+        state = None if earlier is None else _state(program)
+        if earlier is not None:
+            _check_count(item, report.rewrites, changed=state != earlier)
+        program.log.append(report)
     return program
 
 
 def _run_one(program: Program, item: GraphPass) -> PassReport:
     before = op_counts(program.graph)
-    earlier = None if item.is_ours else _state(program)
     expected = item.expects(program) if callable(item.expects) else item.expects
     program.misses.clear()
     program.notes.clear()
@@ -210,8 +215,6 @@ def _run_one(program: Program, item: GraphPass) -> PassReport:
     if item.stage is not None:
         program.stage = item.stage
     _settle(program, item)
-    if earlier is not None:
-        _check_count(item, rewrites, changed=_state(program) != earlier)
     after = op_counts(program.graph)
     added, removed = op_diff(before, after)
     return PassReport(
@@ -286,16 +289,32 @@ def _position(new: GraphPass, passes: Sequence[GraphPass]) -> int:
 
 
 def _check_order(passes: Sequence[GraphPass]) -> None:
-    place = {p.name: i for i, p in enumerate(passes)}
+    known = {item.name: item for item in passes}
+    names = list(known)
     for here, item in enumerate(passes):
         for name in item.requires:
-            if name not in place:
-                raise InvalidOption("pass", item.name, f"it requires the pass {name!r}")
-        late = [n for n in (*item.after, *item.requires) if place.get(n, -1) > here]
-        early = [n for n in item.before if place.get(n, len(passes)) < here]
-        if late or early:
-            conflict = f"it must run after {late} " if late else f"it must run before {early}"
-            raise InvalidOption("pass", item.name, conflict)
+            if name not in known:
+                remedy = f"{item.name!r} requires the pass {name!r}, which is not in the column: "
+                remedy += f"keep {name!r}, or leave {item.name!r} out too"
+                raise InvalidOption("pass", item.name, remedy)
+        late = [n for n in (*item.after, *item.requires) if n in names[here + 1 :]]
+        early = [n for n in item.before if n in names[:here]]
+        for word, name in [*(("after", n) for n in late), *(("before", n) for n in early)]:
+            place = f"(place {names.index(name) + 1} of {len(names)})"
+            raise InvalidOption(
+                "pass", item.name,
+                f"it must run {word} {name!r} {place}, but is at place {here + 1}; "
+                f"{_declared(item, names)}, {_declared(known[name], names)}: change what one of "
+                "these declares",
+            )  # fmt: skip
+
+
+def _declared(item: GraphPass, names: Sequence[str]) -> str:
+    """The order that a pass asks for, with the places of those that it names."""
+    sides = {"after": (*item.after, *item.requires), "before": item.before}
+    found = [f"{word} {name!r} (place {names.index(name) + 1})"
+             for word, others in sides.items() for name in others if name in names]  # fmt: skip
+    return f"{item.name!r} declares {', '.join(found) or 'no order'}"
 
 
 def _names(value: str | Sequence[str]) -> tuple[str, ...]:

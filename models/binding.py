@@ -22,6 +22,7 @@ from fxlm.compiler.errors import InvalidModel
 from fxlm.models import compat
 from fxlm.models.checkpoint import Checkpoint
 from fxlm.models.formats import LogicalTensor, logical_tensors, quantization_of
+from fxlm.models.leftovers import check_unused
 
 _SHOWN = 5  # names listed in an error
 # What formats store beside a quantized weight: after its name, after that of its layer.
@@ -111,8 +112,8 @@ def bind(checkpoint: Checkpoint, model: nn.Module) -> Binding:
     values, are untied, both as ``from_pretrained`` does.
 
     Raises:
-        InvalidModel: tensors are missing, have another shape than the model's, or hold codes of
-            a quantized weight that no format reads.
+        InvalidModel: tensors are missing, have another shape than the model's, belong to layers
+            that config does not count, or hold codes of a quantized weight that no format reads.
     """
     hf: Any = model
     logical = logical_tensors(checkpoint)
@@ -127,6 +128,9 @@ def bind(checkpoint: Checkpoint, model: nn.Module) -> Binding:
     names = dict.fromkeys(raw for rule in used for raw in rule.raw(logical))
     unused += [raw for rule in rules if rule not in used for raw in rule.raw(logical)]
     _refuse_orphans(checkpoint, names, logical, set(unused) - set(names))
+    doubles = {raw for rule in rules if not tied.keys().isdisjoint(rule.makes)
+               for raw in rule.raw(logical)}  # fmt: skip
+    check_unused(checkpoint, hf, names, sorted(set(unused) - set(names) - doubles))
     dtypes = {name: tensor.dtype for name, tensor in hf.state_dict(keep_vars=True).items()}
     return Binding(
         names=list(names), targets=targets, tied=tied,

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MAX_ITEMS = 1 << 24  # keys, tensors, or elements of an array
+MAX_DEPTH = 8  # of arrays in arrays; writers of today have none
 # Types of values: struct format, or a name.
 SCALARS = {
     0: "B",
@@ -110,8 +111,6 @@ class GgufFile:
         import torch
 
         info = self.tensors[name]
-        if info.begin == info.end:
-            return torch.empty(info.shape, dtype=info.torch_dtype)
         count = math.prod(info.shape)
         flat = torch.frombuffer(self._map, dtype=info.torch_dtype, count=count, offset=info.begin)
         return flat.view(info.shape)
@@ -165,9 +164,12 @@ class _Header:
             (kind,) = self.unpack("I")
             values[name] = self.value(kind)
         entries = [self.entry() for _ in range(num_tensors)]
-        alignment = int(values.get("general.alignment", 32))
-        if alignment < 1 or alignment % 8:
-            raise InvalidModel(f"{self.path} has general.alignment {alignment}")
+        alignment = values.get("general.alignment", 32)
+        if type(alignment) is not int or alignment < 1 or alignment % 8:
+            raise InvalidModel(
+                f"{self.path} has general.alignment {alignment!r}, must be a multiple of 8; "
+                "download it again"
+            )
         data = -(-self.place // alignment) * alignment
         tensors = {entry[0]: self.tensor(*entry, data) for entry in entries}
         if len(tensors) != num_tensors:
@@ -204,16 +206,18 @@ class _Header:
         self.place = end
         return self.data[begin:end].decode("utf-8", "surrogateescape")
 
-    def value(self, kind: int) -> Any:
-        """One value of a type."""
+    def value(self, kind: int, depth: int = 0) -> Any:
+        """One value of a type, in so many arrays."""
         if kind == STRING:
             return self.string()
         if kind == ARRAY:
             (inner,) = self.unpack("I")
             count = self.count("Q")
+            if depth > MAX_DEPTH:
+                raise InvalidModel(f"the header of {self.path} is damaged: arrays in arrays")
             if inner in SCALARS:
                 return list(self.unpack(SCALARS[inner], count))
-            return [self.value(inner) for _ in range(count)]
+            return [self.value(inner, depth + 1) for _ in range(count)]
         if kind not in SCALARS:
             raise InvalidModel(f"the header of {self.path} has a value of unknown type {kind}")
         return self.unpack(SCALARS[kind])[0]
@@ -237,6 +241,8 @@ class _Header:
         if kind not in TYPES:
             known = ", ".join(t[0] for t in TYPES.values())
             raise InvalidModel(f"{where} has ggml type {kind}, which is not read; read are {known}")
+        if 0 in sizes:
+            raise InvalidModel(f"{where} has sizes {list(sizes)}: it is empty; download it again")
         label, block, width = TYPES[kind]
         if block > 1 and (not sizes or sizes[-1] % block):
             raise InvalidModel(f"{where} is {label} with rows of {sizes[-1:]}, not of {block}s")

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fxlm.compiler.errors import InvalidModel
+from fxlm.models.gguf_values import require_kinds
+from fxlm.models.shorten import STORED
 
 if TYPE_CHECKING:
     import torch
@@ -161,7 +163,11 @@ def config_of(values: Mapping[str, Any], names: Mapping[str, Any], where: object
     """
     prefix, kind = architecture(values, where)
     config: dict[str, Any] = {"model_type": kind.model_type, **kind.fields}
-    for key, name in {**COMMON, **kind.keys}.items():
+    if isinstance(values.get(f"{prefix}.attention.head_count_kv"), list):
+        raise InvalidModel(f"{where} has another number of KV heads in each layer")
+    keys = {**COMMON, **kind.keys}
+    require_kinds(values, prefix, keys, where)
+    for key, name in keys.items():
         value = values.get(f"{prefix}.{key}")
         if value is not None:
             config[name] = value
@@ -169,8 +175,6 @@ def config_of(values: Mapping[str, Any], names: Mapping[str, Any], where: object
         raise InvalidModel(f"{where} lacks {prefix}.attention.head_count or .embedding_length")
     if not config["num_attention_heads"]:
         raise InvalidModel(f"{where} has {prefix}.attention.head_count 0; download it again")
-    if isinstance(config.get("num_key_value_heads"), list):
-        raise InvalidModel(f"{where} has another number of KV heads in each layer")
     config.setdefault("num_key_value_heads", config["num_attention_heads"])
     config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
     config["vocab_size"] = len(values.get("tokenizer.ggml.tokens", ())) or values.get(
@@ -227,19 +231,26 @@ def places(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> Iterato
         raise InvalidModel(
             f"{checkpoint.path} has a tensor {name!r}, which a {kind.model_type} has not"
         )
-    count = checkpoint.config.get("num_hidden_layers")
+    count = checkpoint.config.get(STORED, checkpoint.config.get("num_hidden_layers"))
     if layer and isinstance(count, int) and int(layer[1]) >= count:
         raise InvalidModel(
             f"{checkpoint.path} has a tensor {name!r}, but its block_count is {count}; "
             "download it again"
         )
     full = f"model.layers.{layer[1]}.{module}.{leaf}" if layer else f"{module}.{leaf}"
+    heads = _heads(checkpoint, kind, module)
+    if not shape or (heads and shape[0] % (2 * heads)):
+        divided = f"{heads} heads of rotary pairs" if heads else "rows"
+        raise InvalidModel(
+            f"tensor {name!r} of {checkpoint.path} has shape {list(shape)}, which is no {divided}; "
+            "download it again"
+        )
     if "{e}" in full:
         for expert in range(shape[0]):
             yield Place(name=full.format(e=expert), shape=shape[1:], expert=expert)
         return
     yield Place(
-        name=full, shape=shape, heads=_heads(checkpoint, kind, module),
+        name=full, shape=shape, heads=heads,
         minus_one=kind.norms_plus_one and len(shape) == 1 and "norm" in module,
     )  # fmt: skip
 

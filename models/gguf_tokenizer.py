@@ -77,6 +77,7 @@ def _byte_level(values: Mapping[str, Any], tokens: list[str], where: object) -> 
         )
     merges = [tuple(m.split(" ", 1)) for m in values.get("tokenizer.ggml.merges", [])]
     vocabulary = {token: number for number, token in enumerate(tokens)}
+    _require_merges(merges, vocabulary, where)
     bpe: Any = models.BPE
     tokenizer: Any = Tokenizer(
         bpe(vocab=vocabulary, merges=merges, ignore_merges=name in WHOLE_WORDS)
@@ -91,6 +92,17 @@ def _byte_level(values: Mapping[str, Any], tokens: list[str], where: object) -> 
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
+
+
+def _require_merges(
+    merges: list[tuple[str, ...]], vocabulary: Mapping[str, int], where: object
+) -> None:
+    for merge in merges:
+        if len(merge) != 2 or not {*merge, "".join(merge)} <= vocabulary.keys():
+            raise InvalidModel(
+                f"tokenizer.ggml.merges of {where} has {' '.join(merge)!r}, which does not make a "
+                "token of two others; download the file again"
+            )
 
 
 def _sentencepiece(values: Mapping[str, Any], tokens: list[str], where: object) -> Any:

@@ -1,7 +1,8 @@
 """A checkpoint cut to its first layers, so that a large model can be looked at in little memory.
 
-The directory holds links to the files of the other and a config that says fewer layers; tensors
-of the layers that are gone are not read. Not here: models whose layers are no plain list.
+The directory holds links to the files of the other and a config that says fewer layers, and how
+many are stored; tensors of the layers that are gone are not read. Not here: models whose layers
+are no plain list.
 """
 
 from __future__ import annotations
@@ -14,12 +15,19 @@ from fxlm.compiler.errors import InvalidOption
 from fxlm.models.checkpoint import Checkpoint, open_checkpoint
 
 FIELDS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+STORED = "fxlm_layers_stored"  # of a shortened config: layers that the files hold
 
 
 def num_layers(config: dict[str, Any]) -> int:
     """Layers that a config states, of its text part if it has one; 0 if it states none."""
+    field = layers_field(config)
+    return int((config.get("text_config") or config)[field]) if field else 0
+
+
+def layers_field(config: dict[str, Any]) -> str:
+    """The field of a config, or of its text part, that states them; empty if none does."""
     text = config.get("text_config") or config
-    return next((int(text[name]) for name in FIELDS if type(text.get(name)) is int), 0)
+    return next((name for name in FIELDS if type(text.get(name)) is int), "")
 
 
 def shorten(checkpoint: Checkpoint, count: int, directory: Path) -> Checkpoint:
@@ -36,7 +44,8 @@ def shorten(checkpoint: Checkpoint, count: int, directory: Path) -> Checkpoint:
     for file in checkpoint.path.iterdir():
         if file.is_file() and file.name != "config.json":
             (directory / file.name).symlink_to(file.resolve())
-    text = json.dumps(_cut(checkpoint.config, total, count), indent=1)
+    cut = {STORED: total, **_cut(checkpoint.config, total, count)}
+    text = json.dumps(cut, indent=1)
     (directory / "config.json").write_text(text, encoding="utf-8")
     trust = checkpoint.trust_remote_code
     made = open_checkpoint(directory, trust_remote_code=trust)

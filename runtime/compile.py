@@ -121,9 +121,9 @@ def compile_model(
             return Compilation(artifact=found, checkpoint=checkpoint)
         _log.info("compiling: %s", found.text)
         option = "--cache-dir" if output is None else "--output"
-        _require_writable(target.path.parent, option)
+        _require_writable(target.path.parent, option, found.text)
         if target.path.is_dir():  # it is moved away
-            _require_writable(target.path, option)
+            _require_writable(target.path, option, found.text)
         with _no_collection():
             run = _Compiler(checkpoint, target, root / "regions", report, on_graph, prefix)
             return replace(run.run(), miss=found)
@@ -206,14 +206,15 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _require_writable(directory: Path, option: str) -> None:
-    """Tell before minutes of work that there is nowhere to put its result."""
+def _require_writable(directory: Path, option: str, why: str) -> None:
+    """Tell before minutes of work that there is nowhere to put its result, and why it is needed."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
             pass
     except OSError as error:
-        reason = f"{(error.strerror or str(error)).lower()}; name a directory that can be written"
+        reason = f"{(error.strerror or str(error)).lower()}, and the model must be compiled ({why})"
+        reason += "; name a directory that can be written"
         raise InvalidOption(option, str(directory), reason) from error
 
 

@@ -62,7 +62,8 @@ class EngineOptions:
             ``ray`` (actors of a cluster), ``external_launcher`` (torchrun has); ``auto``:
             ``external_launcher`` under torchrun, otherwise ``mp``.
         distributed_timeout_seconds: how long a rank waits for another before the engine ends.
-        cache_dir: where artifacts and prepared weights are kept.
+        cache_dir: where artifacts and prepared weights are kept; None: ``$XDG_CACHE_HOME/fxlm``,
+            or ``~/.cache/fxlm``.
         frozen: directory of the artifact to serve, as it is; nothing is ever compiled.
         tiered_start: serve from the uncompiled graph while another process compiles it.
         prepared_weights: ``auto`` keeps packed weights in the cache, where there is room, for

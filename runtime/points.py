@@ -96,9 +96,11 @@ class Points:
             if len(vector) != size:
                 message = f"steer[{name!r}] has {len(vector)} numbers, must have {size}"
                 raise InvalidRequest(message, "steer")
-            if not all(-MAX_STEER <= x <= MAX_STEER for x in vector):  # false for NaN too
-                message = f"steer[{name!r}] must hold numbers in [-{MAX_STEER:g}, {MAX_STEER:g}]"
-                raise InvalidRequest(message, "steer")
+            for place, value in enumerate(vector):
+                if not -MAX_STEER <= value <= MAX_STEER:  # false for NaN too
+                    message = f"steer[{name!r}][{place}]={value!r} cannot be used: "
+                    message += f"numbers must be finite and in [-{MAX_STEER:g}, {MAX_STEER:g}]"
+                    raise InvalidRequest(message, "steer")
 
     # --- steps
 

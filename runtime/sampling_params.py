@@ -162,6 +162,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         for field, value in asked.items():
             if value is not None and not 0 <= value <= MAX_LOGPROBS:
                 _refuse(field, value, f"it must be in 0..{MAX_LOGPROBS}")
+        if self.tap_prompt and not self.taps:
+            _refuse("tap_prompt", True, "it needs taps: name points there, or leave it out")
 
     def _verify_stops(self, vocab_size: int) -> None:
         for text in self.stop_strings:

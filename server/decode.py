@@ -5,6 +5,8 @@ Not here: what the values mean (`params.py`, `chat.py`, `completions.py`).
 """
 
 import asyncio
+import json
+import math
 import re
 from typing import Any, TypeVar
 
@@ -88,11 +90,35 @@ def decode(body: bytes, kind: type[R], limits: Limits) -> R:
     except msgspec.ValidationError as error:
         raise explain(str(error), kind) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        refuse_constants(body)
         raise bad_request(f"The body is not valid JSON: {error}", code="invalid_json") from None
     except RecursionError:
         raise bad_request("The body is nested too deeply.", code="invalid_json") from None
     check_unsupported(parsed)
     return parsed
+
+
+def refuse_constants(body: bytes) -> None:
+    """Name the field of a NaN or an infinity: Python's encoder writes them, JSON has none.
+
+    Raises:
+        ApiError: there is one; a body that is wrong in another way is left alone.
+    """
+    if b"NaN" not in body and b"Infinity" not in body:
+        return
+    try:
+        left: list[tuple[str, Any]] = [("", json.loads(body))]
+    except (ValueError, RecursionError):
+        return
+    while left:
+        where, value = left.pop()
+        if isinstance(value, dict):
+            left += [(join(where, key[:100]), each) for key, each in value.items()]
+        elif isinstance(value, list):
+            left += [(f"{where}[{i}]", each) for i, each in enumerate(value)]
+        elif isinstance(value, float) and not math.isfinite(value):
+            message = f"{where}={json.dumps(value)} cannot be used: JSON has finite numbers only."
+            raise bad_request(message, where or None, "invalid_json")
 
 
 def explain(text: str, kind: type[Sampling]) -> ApiError:

@@ -209,7 +209,12 @@ def add_compiler_options(parser: argparse.ArgumentParser) -> None:
         help="leave out a pass of the pipeline; may be repeated",
     )
     add_point_options(group)
-    group.add_argument("--cache-dir", metavar="DIR", help="where artifacts are kept")
+    group.add_argument(
+        "--cache-dir",
+        metavar="DIR",
+        help="where artifacts and prepared weights are kept (default: fxlm under $XDG_CACHE_HOME "
+        "or ~/.cache)",
+    )
     group.add_argument(
         "--prepared-weights",
         choices=("auto", "off"),

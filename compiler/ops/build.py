@@ -117,7 +117,7 @@ def load_kernels() -> str:
         try:
             _load(isa)
         except (BuildError, OSError) as error:
-            reason = reason or f"{isa}: {error}"
+            reason = reason or f"{isa}: {error}{_remedy(error)}"
             _log.debug("CPU kernels for %s are not available: %s", isa, error)
             continue
         if reason:
@@ -127,6 +127,12 @@ def load_kernels() -> str:
     if reason:
         _log.warning("CPU kernels: none; the slow PyTorch references serve. %s", reason)
     return REFERENCE
+
+
+def _remedy(error: BuildError | OSError) -> str:
+    """What to do where the cache cannot be written; a compiler's own words stand alone."""
+    written = isinstance(error, OSError) and error.errno is not None
+    return "; let XDG_CACHE_HOME name a directory that can be written" if written else ""
 
 
 def _load(isa: str) -> None:

@@ -300,11 +300,9 @@ def _add_times(
 
         whole = make(None)
         for entry in passes:
-            reason = _needed(entry["name"], checkpoint, options)
-            if not reason and not entry["rewrites"]:
-                reason = UNCHANGED
-            if reason:
-                entry["without"] = {"reason": reason}
+            needed = _needed(entry["name"], checkpoint, options)
+            if needed or not entry["rewrites"]:
+                entry["without"] = {"required": bool(needed), "reason": needed or UNCHANGED}
                 continue
             tell(f"the step without {entry['name']}")
             entry["without"] = {"times": _both(whole, make(entry["name"]), choices)}

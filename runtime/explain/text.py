@@ -48,9 +48,15 @@ def _line(entry: Entry) -> str:
     before = entry.get("errors_before", {}).values()
     errors += f"{max(e['absolute'] for e in before):11.2e}" if before else " " * 11
     errors += f"{min(e['agreement'] for e in found):8.1%}" if found else " " * 8
-    times = entry.get("without", {}).get("times")
-    ratio = f"{times[0]['without_ms'] / times[0]['with_ms']:8.2f} x" if times else ""
+    ratio = f"{_without(entry.get('without', {})):>10}"
     return f"{entry['name']:<24}{entry.get('rewrites', ''):>9}{calls:>15}{errors}{ratio}".rstrip()
+
+
+def _without(found: Entry) -> str:
+    """How many times as long a step without the pass takes, or why there is none."""
+    if times := found.get("times"):
+        return f"{times[0]['without_ms'] / times[0]['with_ms']:.2f} x"
+    return ("always on" if found["required"] else "the same") if found else ""
 
 
 def one_pass(entry: Entry) -> Iterator[str]:

@@ -106,7 +106,10 @@ def test_steered_prefixes_are_not_shared_with_others(llm: LLM) -> None:
         ({"taps": ["model.layer.0"]}, "did you mean 'model.layers.0'"),
         ({"steer": {SECOND: [0.0] * HIDDEN}}, r"steer has no point 'model.layers.1'"),
         ({"steer": {FIRST: [0.0] * 3}}, "has 3 numbers, must have 64"),
-        ({"steer": {FIRST: [float("nan")] * HIDDEN}}, "must hold numbers in"),
+        (
+            {"steer": {FIRST: [0.5, float("nan")] * (HIDDEN // 2)}},
+            r"steer\['model.layers.0'\]\[1\]=nan cannot be used: numbers must be finite and in",
+        ),
         ({"taps": [FIRST], "n": 2, "temperature": 1.0}, "taps need n=1"),
     ],
 )

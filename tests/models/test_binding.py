@@ -1,5 +1,6 @@
 """Raw tensors to parameters: the same values that from_pretrained puts into the model."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,47 @@ def test_unused_tensors_are_reported(tmp_path: Path) -> None:
     assert binding.unused == ["stray.weight"]
     assert "stray.weight" not in binding.names
     assert "lm_head.weight" in converted(checkpoint, binding)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_layers_beyond_those_of_the_config_are_refused(family: str, tmp_path: Path) -> None:
+    path = make_checkpoint(family, tmp_path)
+    config = json.loads((path / "config.json").read_text())
+    field = next(name for name in ("num_hidden_layers", "n_layer") if name in config)
+    (path / "config.json").write_text(json.dumps({**config, field: 1}))
+    with pytest.raises(InvalidModel, match=rf"{field}=1, .* first '[\w.]+\.1\.[\w.]+': .*Correct"):
+        bound(path)
+
+
+def test_layers_that_predict_further_tokens_are_lawful(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = make_checkpoint("llama", tmp_path, num_nextn_predict_layers=1)
+    extra = {f"model.layers.{n}.eh_proj.weight": torch.ones(3) for n in (2, 3)}
+    rewrite(path, lambda values: values.update({UP.replace(".1.", ".2."): values[UP].clone()}))
+    bound(path)
+    assert caplog.messages == []
+    rewrite(path, lambda values: values.update(extra))
+    with pytest.raises(InvalidModel, match=r"first 'model\.layers\.3\.eh_proj"):
+        bound(path)
+
+
+def test_tensors_that_no_parameter_needs_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = make_checkpoint("llama3", tmp_path)
+    lawful = {"model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.0.self_attn.k_scale"}
+    stray = "vision_tower.encoder.layers.7.fc1.weight"
+
+    def add(values: dict[str, torch.Tensor]) -> None:
+        values["lm_head.weight"] = values["model.embed_tokens.weight"].clone()
+        values.update({name: torch.ones(3) for name in (*lawful, stray)})
+
+    rewrite(path, add)
+    bound(path)
+    (said,) = caplog.messages
+    assert said.startswith("1 of the ")
+    assert said.endswith(f"are not used by LlamaForCausalLM: {stray}")
 
 
 def test_base_model_prefix_may_be_absent(tmp_path: Path) -> None:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import random
 import struct
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import tokenizers
 import torch
 
-from fxlm.compiler.errors import InvalidModel
+from fxlm.compiler.errors import FxlmError, InvalidModel
 from fxlm.models.binding import bind
 from fxlm.models.build import build_model
 from fxlm.models.bundled import BUNDLED
 from fxlm.models.checkpoint import open_checkpoint
 from fxlm.models.formats import logical_tensors
-from fxlm.models.gguf_file import GgufFile
+from fxlm.models.gguf_file import TYPES, GgufFile
+from fxlm.models.gguf_names import config_of
+from fxlm.models.shorten import shorten
 from fxlm.models.tokenizer import Tokenizer
 from tests.checkpoints import TEXT, make_checkpoint
 from tests.models.gguf_writing import write_gguf
@@ -163,6 +168,13 @@ def test_a_directory_with_one_file_is_that_file(tmp_path: Path) -> None:
     assert open_checkpoint(folder).config["model_type"] == "llama"
 
 
+def test_its_first_layers_are_a_checkpoint(tmp_path: Path) -> None:
+    whole = open_checkpoint(made(tmp_path))
+    (tmp_path / "short").mkdir()
+    short = shorten(whole, 1, tmp_path / "short")
+    assert bind(short, build_model(short, torch.float32)).targets
+
+
 def test_two_files_must_be_told_apart(tmp_path: Path) -> None:
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / name).write_bytes(b"GGUF")
@@ -242,3 +254,119 @@ def test_counts_that_contradict_the_tensors_are_refused(
     path.write_bytes(data)
     with pytest.raises(InvalidModel, match=message):
         logical_tensors(open_checkpoint(path))
+
+
+def written(path: Path, kind: str) -> bytes:
+    """The smallest file with a matrix of ``kind``, zeros, and a vocabulary."""
+    import gguf
+
+    number = next(number for number, entry in TYPES.items() if entry[0] == kind)
+    _, block, width = TYPES[number]
+    writer = gguf.GGUFWriter(path, "llama")
+    for add in (writer.add_embedding_length, writer.add_feed_forward_length):
+        add(256)
+    writer.add_block_count(1)
+    writer.add_head_count(4)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(["a", "b", "<s>", "ab"])
+    writer.add_token_types([1, 1, 3, 1])
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(2)
+    writer.add_chat_template("{{ messages }}")
+    writer.add_tensor("output_norm.weight", np.ones(256, np.float32))
+    for name in ("token_embd.weight", "blk.0.attn_q.weight"):
+        rows = np.zeros((8, 256 // block * width), np.uint8)
+        as_they_are = rows.view(np.float16) if kind == "F16" else rows
+        writer.add_tensor(name, as_they_are, raw_dtype=gguf.GGMLQuantizationType(number))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path.read_bytes()
+
+
+def damaged(data: bytes, header: int, chance: random.Random) -> bytes:
+    """Cut off, or with a few bits or a number of its header changed."""
+    if chance.random() < 0.2:
+        return data[: chance.randrange(len(data))]
+    changed = bytearray(data)
+    for _ in range(chance.choice((1, 1, 3))):
+        place = chance.randrange(header - 8)
+        if chance.random() < 0.6:
+            changed[place] ^= 1 << chance.randrange(8)
+        else:
+            struct.pack_into("<Q", changed, place, chance.choice((0, 1, 2**31, 2**63, 2**64 - 1)))
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("kind", [entry[0] for entry in TYPES.values()])
+def test_a_damaged_header_is_read_or_refused(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    data = written(path, kind)
+    header = min(tensor.begin for tensor in GgufFile(path).tensors.values())
+    assert logical_tensors(open_checkpoint(path))
+    chance = random.Random(kind)
+    said = []
+    for _ in range(25):
+        path.write_bytes(damaged(data, header, chance))
+        try:
+            checkpoint = open_checkpoint(path)
+            for tensor in logical_tensors(checkpoint).values():
+                tensor.build(*(checkpoint.read(source) for source in tensor.sources))
+        except FxlmError as error:
+            said.append(str(error))
+    assert "\n".join(said).encode()  # they can be printed
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("llama.embedding_length", 256.5, "is 256.5, must be a whole number"),
+        ("llama.attention.head_count", 2**31, "is 2147483648, must be a whole number"),
+        ("llama.rope.freq_base", float("nan"), "is nan, must be a finite number"),
+        ("tokenizer.ggml.bos_token_id", 4, "is 4, must be below 4, the number of tokens"),
+        ("tokenizer.ggml.token_type", [1], r"is \[1\], must have one for each of 4 tokens"),
+        ("tokenizer.ggml.tokens", ["\udc80"], "must be a list of texts in UTF-8"),
+        ("tokenizer.ggml.merges", ["a c"], "has 'a c', which does not make a token of two"),
+        ("tokenizer.chat_template", 1, "is 1, must be text in UTF-8"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused(
+    key: str, value: Any, message: str, tmp_path: Path
+) -> None:
+    from fxlm.models.gguf_tokenizer import write_tokenizer
+
+    written(tmp_path / "m.gguf", "F16")
+    values = {**GgufFile(tmp_path / "m.gguf").values, key: value}
+
+    def read() -> None:
+        config_of(values, {}, "m.gguf")
+        write_tokenizer(values, tmp_path, "m.gguf")
+
+    with pytest.raises(InvalidModel, match=message):
+        read()
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "message"),
+    [
+        (6, struct.pack("<f", 32.5), r"alignment 32\.5, must be a multiple of 8"),
+        (9, struct.pack("<IQ", 9, 1) * 5000, "arrays in arrays"),
+    ],
+)
+def test_a_header_is_refused(kind: int, value: bytes, message: str, tmp_path: Path) -> None:
+    key = b"general.alignment"
+    start = b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, len(key)) + key + struct.pack("<I", kind)
+    (tmp_path / "m.gguf").write_bytes(start + value)
+    with pytest.raises(InvalidModel, match=message):
+        GgufFile(tmp_path / "m.gguf")
+
+
+def test_an_empty_tensor_is_refused(tmp_path: Path) -> None:
+    path = made(tmp_path)
+    data, place = header_of(path, b"blk.0.attn_q.weight")
+    struct.pack_into("<QQ", data, place - 16, 0, 2**40)
+    path.write_bytes(data)
+    with pytest.raises(InvalidModel, match=r"attn_q.weight' .* has sizes \[1099511627776, 0\]"):
+        open_checkpoint(path)

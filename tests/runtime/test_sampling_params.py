@@ -41,6 +41,8 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
     ("logprobs", {"logprobs": 21}),
     ("logprobs", {"logprobs": -1}),
     ("prompt_logprobs", {"prompt_logprobs": 21}),
+    ("tap_prompt", {"tap_prompt": True}),
+    ("tap_prompt", {"tap_prompt": True, "taps": []}),
     ("logit_bias", {"logit_bias": {100: 1.0}}),
     ("logit_bias", {"logit_bias": {1: math.nan}}),
     ("allowed_token_ids", {"allowed_token_ids": [1]}),

@@ -190,11 +190,23 @@ def test_null_is_not_given(running: Running) -> None:
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"{", b"nonsense", b"[]", b'"x"', b"\xff\xfe", b'{"prompt": "\xff"}', b'{"prompt": NaN}',
+    [b"", b"{", b"nonsense", b"[]", b'"x"', b"\xff\xfe", b'{"prompt": "\xff"}',
      b'{"prompt": "\\ud800"}', b'{"prompt": "\\ud800x"}', b'{"user":' + b"[" * 60000],
 )  # fmt: skip
 def test_not_json(running: Running, body: bytes) -> None:
     check(post(running, "/v1/completions", body), 400, None, "invalid_json")
+
+
+@pytest.mark.parametrize(
+    ("body", "field", "value"),
+    [(b'{"prompt": "x", "steer": {"mid": [0.5, NaN]}}', "steer.mid[1]", "NaN"),
+     (b'{"prompt": "x", "top_p": -Infinity}', "top_p", "-Infinity")],
+)  # fmt: skip
+def test_a_number_that_json_lacks_is_named(
+    running: Running, body: bytes, field: str, value: str
+) -> None:
+    said = check(post(running, "/v1/completions", body), 400, field, "invalid_json")
+    assert f"{field}={value} cannot be used" in said
 
 
 def test_nested_too_deep(running: Running) -> None:

@@ -19,66 +19,14 @@ constexpr int kColumns = W == 16 ? 4 : 2;  // vectors a register tile is wide
 // prefetches in its inner loop, a little a step, what will be read after it: memory and arithmetic
 // then overlap. `quiet` is the same B without, for all passes but the first.
 
-// The rows of keys that are packed next, while a product over the present ones runs.
-struct NextKeys {
-  const char* const* rows;  // kKeys of them, or null
-  int bytes_per_step;
-  void prefetch(int step) const {
-    const int steps_per_line = 64 / bytes_per_step, count = kKeys / steps_per_line;
-    const char* const* from = rows + step % steps_per_line * count;
-    for (int i = 0; i < count; ++i) __builtin_prefetch(from[i] + step / steps_per_line * 64);
-  }
-};
-
-// B packed as kKeys columns of floats.
-struct Floats {
-  using A = float;
-  static constexpr int per_step = 1;
-  const float* base;
-  NextKeys next;
-  Floats quiet() const { return {base, {}}; }
-  void prefetch(int k, int column, int) const {
-    if (next.rows != nullptr && column == 0) next.prefetch(k);
-  }
-  vf operator()(int k, int column) const { return load(base + int64_t(k) * kKeys + column); }
-  static vf fma(vf sum, float a, vf b) { return a * b + sum; }
-};
-
 #if defined(__AVX512BF16__)
-// B packed as kKeys columns of bf16 pairs.
+// Pairs of bf16: each lane adds the products of its two pairs.
 struct Pairs {
-  using A = uint32_t;
-  static constexpr int per_step = 2;
-  const uint32_t* base;
-  NextKeys next;
-  Pairs quiet() const { return {base, {}}; }
-  void prefetch(int k, int column, int) const {
-    if (next.rows != nullptr && column == 0) next.prefetch(k);
-  }
-  vf operator()(int k, int column) const {
-    return bits_load<vf>(base + int64_t(k) * kKeys + column);
-  }
   static vf fma(vf sum, uint32_t a, vf b) {
     return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int(a)), (__m512bh)b);
   }
 };
 #endif
-
-// B as one pointer a row; `ahead` rows further on are prefetched (0: none).
-template <class T>
-struct Rows {
-  using A = float;
-  const T* const* rows;
-  int ahead;
-  Rows quiet() const { return {rows, 0}; }
-  void prefetch(int k, int column, int width) const {
-    if (ahead == 0) return;
-    const T* from = rows[k + ahead] + column;
-    for (int at = 0; at < width; at += 64 / int(sizeof(T))) __builtin_prefetch(from + at);
-  }
-  vf operator()(int k, int column) const { return load(rows[k] + column); }
-  static vf fma(vf sum, float a, vf b) { return a * b + sum; }
-};
 
 template <int M, int N, class B>
 inline __attribute__((always_inline)) void product(const typename B::A* a, int lda, const B& b,

@@ -93,10 +93,13 @@ def test_a_failing_compiler_is_quoted(
     assert [p.suffix for p in build.cache_root().iterdir() if p.is_dir()] == []  # nothing half done
 
 
-def test_an_unwritable_cache_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unwritable_cache_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert build.load_kernels() == "reference"
+    assert "let XDG_CACHE_HOME name a directory that can be written" in caplog.text
 
 
 def test_many_builders_build_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
