@@ -33,10 +33,8 @@ def main() -> None:
     pair = (_engine(options, options.first), _engine(options, options.second))
     rows = [_decode(pair, batch, options.prompt_decode, options.steps) for batch in options.batch]
     rows.append(_prefill(pair, options.prompt, options.repeats))
-    print_table(
-        rows,
-        title=f"{options.model}: {options.first or 'as it is'}, then {options.second or 'as it is'}",
-    )
+    pairs = [" ".join(given) or "as it is" for given in (options.first, options.second)]
+    print_table(rows, title=f"{options.model}: {pairs[0]}, then {pairs[1]}")
     chosen = {k: str(v) for k, v in vars(options).items() if k != "output"}
     chosen["model"] = Path(options.model).name
     print(write_results(options.name, {"rows": rows}, options=chosen, output=options.output))
