@@ -18,7 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from fxlm.compiler import ops
 from fxlm.compiler.errors import UnsupportedModel
 from fxlm.compiler.layers import Calls, Distinct
-from fxlm.compiler.program import MAX_TOKENS, Facts, Input, Program, new_fake_mode, trust
+from fxlm.compiler.program import MAX_TOKENS, Facts, Input, Program, new_fake_mode
+from fxlm.compiler.values import trust
 
 _log = logging.getLogger(__name__)
 
