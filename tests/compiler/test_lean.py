@@ -1,4 +1,4 @@
-"""lean: what is left out of Inductor's work changes no kernel."""
+"""lean: the short ways that are taken lead where the long ones do."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import sympy
 from torch._inductor import sizevars
 from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
+from fxlm.compiler import lower
 from fxlm.compiler.lean import lean_alone
 
 x, row, size = sympy.symbols("d1 d0 s0", integer=True, nonnegative=True)
@@ -26,5 +27,5 @@ def test_strides_are_those_that_sympy_simplifies_to() -> None:
         return [sizevars.stride_at_vec_range(index, x, 16) for index in indices]
 
     whole = strides()
-    with lean_alone():
+    with lower._quiet(), lean_alone():
         assert strides() == whole
