@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from fxlm.compiler.program import is_view
+from fxlm.compiler.values import is_view
 
 if TYPE_CHECKING:
     from fxlm.compiler.outline import Outline

@@ -17,7 +17,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import fx, nn
@@ -26,6 +25,7 @@ from fxlm.compiler import sharing
 from fxlm.compiler.builds import BuildFailed, side_by_side
 from fxlm.compiler.cache import cache_directory
 from fxlm.compiler.errors import UnsupportedModel
+from fxlm.compiler.lean import lean, lean_alone
 from fxlm.compiler.outline import Region
 
 _log = logging.getLogger(__name__)
@@ -57,7 +57,8 @@ def lower(
         tempfile.TemporaryDirectory(dir=store, prefix=".lower-") as work,
         fresh_cache(dir=work),  # one of our own: nothing is left behind, nobody else writes to it
         _quiet(),
-        _lean() if alone else contextlib.nullcontext(),
+        lean(),
+        lean_alone() if alone else contextlib.nullcontext(),
     ):
         precompile = len(regions) > 1 if precompile is None else precompile
         try:
@@ -127,15 +128,6 @@ def default_options() -> dict[str, Any]:
         "nan_asserts": False,
         **sharing.OPTIONS,
     }
-
-
-@contextlib.contextmanager
-def _lean() -> Iterator[None]:
-    """Without Inductor's patterns of attention, which take 0.3 s; attention is an op of ours."""
-    from torch._inductor.fx_passes import fuse_attention
-
-    with mock.patch.object(fuse_attention, "_sfdp_init"):
-        yield
 
 
 @contextlib.contextmanager

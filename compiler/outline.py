@@ -259,6 +259,8 @@ class _Builder:
     def _take(self, node: fx.Node) -> None:
         copy = self.graph.placeholder(f"in{len(self.taken)}")
         copy.meta = dict(node.meta)
+        if any(node.meta["val"] is other.meta["val"] for other in self.taken):
+            copy.meta["val"] = _apart(node.meta["val"])
         self.copies[node] = copy
         self.taken.append(node)
 
@@ -273,6 +275,14 @@ class _Builder:
                     size.meta["val"] = value
                     return size
         return self.graph.node_copy(node, self.resolve)
+
+
+def _apart(value: Any) -> torch.Tensor:
+    """A fake tensor of the same type: inputs that are one tensor would be compiled as one."""
+    with value.fake_mode:
+        return torch.empty_strided(
+            value.shape, value.stride(), dtype=value.dtype, device=value.device
+        )
 
 
 def _same_size(left: object, right: object) -> bool:

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import fx
 
-from fxlm.compiler.alike import describe
 from fxlm.compiler.errors import PassError
 from fxlm.compiler.ops.kv_cache import scale_columns
 from fxlm.compiler.report import PassReport
+from fxlm.compiler.values import Known, evaluate, is_effect
 
 if TYPE_CHECKING:  # symbolic shapes take half a second to import, and serving needs none
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -127,6 +127,7 @@ class Program:
         max_tokens: most tokens of a step that the graph takes.
         taps: names of the values returned behind the results proper; see `tap`.
         steered: points at which requests may add a vector, in order, and their hidden sizes.
+        known: values of calls alike; see `values`.
     """
 
     module: fx.GraphModule
@@ -143,6 +144,7 @@ class Program:
     max_tokens: int = MAX_TOKENS
     taps: list[str] = field(default_factory=list)
     steered: dict[str, int] = field(default_factory=dict)
+    known: Known = field(default_factory=dict, repr=False)
 
     @property
     def graph(self) -> fx.Graph:
@@ -179,8 +181,7 @@ class Program:
         node = self.graph.call_function(target, args, kwargs)
         node.meta["nn_module_stack"] = like.meta.get("nn_module_stack")
         node.meta["stack_trace"] = like.meta.get("stack_trace")
-        with self._evaluating():
-            _evaluate(node)
+        evaluate(node, self.known, self._evaluating)
         return node
 
     def add_input(self, name: str, spec: Input, value: torch.Tensor) -> fx.Node:
@@ -346,10 +347,9 @@ class Program:
         nodes: Iterable[fx.Node] = self.graph.nodes
         if since is not None:
             nodes = itertools.dropwhile(lambda node: node is not since, nodes)
-        with self._evaluating():
-            for node in nodes:
-                if node.op == "call_function" and node.meta.get("of") != _given(node):
-                    _evaluate(node)
+        for node in nodes:
+            if node.op == "call_function":
+                evaluate(node, self.known, self._evaluating)
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -432,63 +432,3 @@ def ancestors(nodes: Iterable[fx.Node], stop: Any = None) -> Iterator[fx.Node]:
         yield node
         if stop is None or node.target is not stop:
             todo.extend(node.all_input_nodes)
-
-
-class _Same:
-    """A value of a node, equal to itself alone."""
-
-    __slots__ = ("value",)
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return type(other) is _Same and self.value is other.value
-
-    __hash__ = None  # type: ignore[assignment]
-
-
-def trust(graph: fx.Graph) -> None:
-    """Take the values of all calls for what their arguments give."""
-    for node in graph.nodes:
-        if node.op == "call_function":
-            node.meta["of"] = _given(node)
-
-
-def _given(node: fx.Node) -> Any:
-    """What the value of a call depends on: the op, and its arguments by value."""
-    same: Any = _same  # fx types it too narrowly
-    return (node.target, fx.map_arg((node.args, node.kwargs), same))
-
-
-def _same(node: fx.Node) -> _Same:
-    return _Same(node.meta["val"])
-
-
-def _evaluate(node: fx.Node) -> None:
-    target: Any = node.target
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    found, old = target(*args, **kwargs), node.meta.get("val")
-    if old is None or is_view(node) or not _same_type(old, found):
-        node.meta["val"] = found
-    node.meta["of"] = _given(node)
-
-
-def _same_type(left: Any, right: Any) -> bool:
-    """Whether two results are tensors of one type and shape, so that users need not know."""
-    both = isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor)
-    return both and describe([left]) == describe([right])
-
-
-def is_view(node: fx.Node) -> bool:
-    """Whether a call may give memory of its arguments, rather than its own."""
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
-        return True
-    return any(result.alias_info is not None for result in target._schema.returns)
-
-
-def is_effect(node: fx.Node) -> bool:
-    """Whether a call writes to its arguments."""
-    target = node.target
-    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable

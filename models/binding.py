@@ -38,7 +38,7 @@ class _Rule:
     """One conversion: logical tensors (name, pattern that matched) -> parameters."""
 
     first: str  # name of the first parameter, as transformers' rules want it
-    transform: Any
+    transform: Any  # None: the one source is the parameter
     sources: list[tuple[str, str]] = field(default_factory=list)
     makes: list[str] = field(default_factory=list)
 
@@ -50,11 +50,13 @@ class _Rule:
         self, read: Callable[[str], torch.Tensor], dtype: torch.dtype | None, model: Any
     ) -> dict[str, torch.Tensor]:
         """Run the rule; each tensor is cast first, as transformers does."""
+        tensors = [read(name) for name, _ in self.sources]
+        if dtype is not None:
+            tensors = [t if t.dtype == dtype else t.to(dtype) for t in tensors]
+        if self.transform is None:
+            return {self.first: tensors[0]}
         transform = deepcopy(self.transform)
-        for name, pattern in self.sources:
-            tensor = read(name)
-            if dtype is not None and tensor.dtype != dtype:
-                tensor = tensor.to(dtype)
+        for (name, pattern), tensor in zip(self.sources, tensors, strict=True):
             transform.add_tensor(self.first, name, pattern, tensor)
         made = transform.convert(self.first, model=model, config=model.config)
         return {name: v[0] if isinstance(v, list) else v for name, v in made.items()}
@@ -165,8 +167,8 @@ def _rules(logical: Mapping[str, LogicalTensor], model: Any) -> tuple[list[_Rule
                 logical[raw].sources
             )  # of several renamed to one parameter the first is taken
             continue
-        fresh = WeightRenaming(raw, name) if pattern is None else by_pattern[pattern]
-        rule = rules.setdefault(name, _Rule(first=name, transform=fresh))
+        transform = None if pattern is None else by_pattern[pattern]
+        rule = rules.setdefault(name, _Rule(first=name, transform=transform))
         rule.sources.append((raw, raw if pattern is None else pattern))
     return list(rules.values()), unused
 

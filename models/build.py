@@ -26,6 +26,7 @@ def load_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> A
     Raises:
         InvalidModel: the config is refused by transformers; carries its reason.
     """
+    compat.import_transformers()
     from transformers import AutoConfig
 
     trust = trust_remote_code or checkpoint.trust_remote_code

@@ -8,11 +8,53 @@ moved between versions. Not here: what is registered through a public interface
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+import importlib.metadata
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
+
+
+def import_transformers() -> None:
+    """Import transformers, which looks for ``__all__`` in its 1,600 files, twice, line by line.
+
+    Its own package file asks for that before anybody could change how it is done, so the module
+    that does it is imported first, from the package as it is when that file begins.
+    """
+    if "transformers" in sys.modules:
+        return
+    spec = importlib.util.find_spec("transformers")
+    assert spec is not None, "transformers is not installed"
+    assert spec.loader is not None
+    package = importlib.util.module_from_spec(spec)
+    package.__dict__["__version__"] = importlib.metadata.version("transformers")
+    sys.modules["transformers"] = package
+    try:
+        from transformers.utils import import_utils
+
+        _look_once(import_utils)
+        spec.loader.exec_module(package)
+    except BaseException:
+        sys.modules.pop("transformers", None)
+        raise
+
+
+def _look_once(utils: Any) -> None:
+    """Let each folder be looked into once, and a file be read from its ``__all__`` on."""
+    whole: Callable[[str], list[str]] = utils.fetch__all__
+    in_folder = getattr(utils.create_import_structure_from_path, "__wrapped__", None)
+
+    def names(content: str) -> list[str]:
+        start = content.rfind("\n__all__") + 1
+        return whole(content[start:]) if start or content.startswith("__all__") else []
+
+    utils.fetch__all__ = names
+    if in_folder is not None:  # its cache has room for fewer folders than there are
+        utils.create_import_structure_from_path = functools.cache(in_folder)
 
 
 @contextlib.contextmanager

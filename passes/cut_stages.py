@@ -29,7 +29,8 @@ from torch import fx
 from fxlm.compiler.errors import PassError
 from fxlm.compiler.outline import layer_ranks
 from fxlm.compiler.pipeline import graph_pass
-from fxlm.compiler.program import Input, Program, is_effect, received_name, token_size
+from fxlm.compiler.program import Input, Program, received_name, token_size
+from fxlm.compiler.values import is_effect
 
 aten = torch.ops.aten
 

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxlm.compiler.program import Program, is_effect
+from fxlm.compiler.program import Program
+from fxlm.compiler.values import is_effect
 from fxlm.passes.quantized_weights import concatenate, differing
 
 aten = torch.ops.aten

@@ -58,7 +58,7 @@ def front(
         checkpoint: opened.
         options: see `CompileOptions`.
         stage: entered with the name of each stage while it runs.
-        built: called when the module is built and not yet captured.
+        built: called when the module is built, and what that takes is imported.
 
     Raises:
         UnsupportedModel: the model does not build or does not capture.
@@ -71,10 +71,10 @@ def front(
     options, dtype = resolved(checkpoint, options)
     with stage("build"):
         model = build_model(checkpoint, dtype, trust_remote_code=options.trust_remote_code)
+        built()
         facts = _facts(checkpoint, model, options, dtype)
         fix_lengths(model, options.max_model_len or facts.max_position_embeddings)
         binding = bind(checkpoint, model)
-    built()
     with stage("capture"):
         program = capture(model, facts)
     raw = {n: _raw_type(checkpoint, n) for n in binding.names}

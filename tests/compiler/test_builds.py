@@ -32,6 +32,15 @@ def test_a_library_is_there_once_waited_for(builds: Builds, tmp_path: Path) -> N
     assert ctypes.CDLL(str(library)).answer() == 42
 
 
+def test_a_library_names_torch_without_a_look_at_it(builds: Builds, tmp_path: Path) -> None:
+    file, object_file = source(tmp_path, "int nowhere(); int answer() { return nowhere(); }\n")
+    library = tmp_path / "one.so"
+    builds.take(f"g++ -fPIC -c {file} -o {object_file}", str(tmp_path))
+    builds.take(f"g++ -shared {object_file} -o {library} -ltorch_cpu -L/nowhere", str(tmp_path))
+    builds.wait()
+    assert b"libtorch_cpu.so" in library.read_bytes()
+
+
 def test_a_failed_run_shows_what_the_compiler_said(builds: Builds, tmp_path: Path) -> None:
     file, object_file = source(tmp_path, "int answer() { return nowhere; }\n")
     builds.take(f"g++ -c {file} -o {object_file}", str(tmp_path))
