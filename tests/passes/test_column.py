@@ -78,7 +78,7 @@ def test_conflicting_order_is_refused() -> None:
     with pytest.raises(InvalidOption) as refused:
         pipeline.order(default_column(), [impossible])
     assert str(refused.value) == (
-        "pass='impossible' cannot be used: it must run before 'cleanup' (place 2 of 17), but is at "
+        "pass='impossible' cannot be used: it must run before 'cleanup' (place 2 of 18), but is at "
         "place 12; 'impossible' declares after 'sample' (place 11), before 'cleanup' (place 2), "
         "'cleanup' declares no order: change what one of these declares"
     )

@@ -154,4 +154,10 @@ def test_a_pass_that_names_no_place_still_finds_linears() -> None:
         return 0
 
     names = [p.name for p in pipeline.order(default_column(), [mine])]
-    assert names[-4:] == ["mine", "fuse_quantized_linear", "fuse_activation", "pack_linears"]
+    assert names[-5:] == [
+        "mine",
+        "split_rope",
+        "fuse_quantized_linear",
+        "fuse_activation",
+        "pack_linears",
+    ]
