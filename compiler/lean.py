@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
 
-import sympy
 import torch
 from torch import fx
 from torch.fx.traceback import preserve_node_meta
@@ -57,8 +56,6 @@ def lean_alone() -> Iterator[None]:
         mock.patch.object(compile_fx, "_unlift_graph", lambda module, graph, signature: graph),
         # Patterns of attention, which is an op of ours: 0.3 s.
         mock.patch.object(fuse_attention, "_sfdp_init"),
-        # Each index and each stride, sums of products, by whatever rule sympy knows: 0.8 s.
-        mock.patch.object(sympy, "simplify", sympy.expand),
     ):
         yield
 

@@ -11,6 +11,7 @@ packages are kept (`artifact`).
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import tempfile
 import warnings
@@ -128,6 +129,12 @@ def default_options() -> dict[str, Any]:
         "nan_asserts": False,
         **sharing.OPTIONS,
     }
+
+
+def recipe() -> list[Any]:
+    """What a package depends on beside its graph: the options, and the code that changes others'."""
+    files = [Path(__file__).with_name(f"{name}.py") for name in ("builds", "lean", "sharing")]
+    return [default_options(), *(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)]
 
 
 @contextlib.contextmanager

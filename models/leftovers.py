@@ -20,6 +20,8 @@ from fxlm.models.shorten import STORED, layers_field
 _log = logging.getLogger(__name__)
 _SHOWN = 5  # names listed in a warning
 _LAYER = re.compile(r"(.+?)\.(\d{1,9})\.")
+# What a layer that predicts further tokens has, and no other.
+_PREDICTS = re.compile(r"(.+?\.\d{1,9}\.)(eh_proj|enorm|hnorm|shared_head)\.")
 # Tables of positions, which code makes, and scales that `kv_scales` reads or nobody needs.
 _NO_WEIGHTS = (
     r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\b([kvq]|prob)_scale$",
@@ -47,7 +49,12 @@ def check_unused(
     predicting = more if isinstance(more, int) else 0
     known = re.compile("|".join((*_NO_WEIGHTS, *(model._keys_to_ignore_on_load_unexpected or ()))))
     left = {name: _beyond(name, last) for name in unused if not known.search(name)}
-    left = {name: beyond for name, beyond in left.items() if not 0 < beyond <= predicting}
+    heads = tuple(found[1] for name in left if (found := _PREDICTS.match(name)))
+    left = {
+        name: beyond
+        for name, beyond in left.items()
+        if not (0 < beyond <= predicting and name.startswith(heads))
+    }
     if dropped := [name for name, beyond in left.items() if beyond]:
         first = min(dropped, key=lambda name: (left[name], name))
         field = layers_field(checkpoint.config)

@@ -366,12 +366,12 @@ class _Compiler:
 
     def pooled(self, plan: Outline) -> dict[str, Path]:
         """Where the pool has the package of each region, by its name."""
-        from fxlm.compiler.lower import default_options
+        from fxlm.compiler.lower import recipe
 
         self.pool.mkdir(parents=True, exist_ok=True)
         same = {k: self.target.factors[k] for k in ("versions", "device")}
-        # A package depends on the graph, not on the code that made it.
-        identities = {r.name: [r.digest, same, default_options()] for r in plan.regions}
+        # A package depends on the graph, not on the passes that made it.
+        identities = {r.name: [r.digest, same, recipe()] for r in plan.regions}
         return {n: self.pool / f"{keys.digest(i)[:32]}.pt2" for n, i in identities.items()}
 
     def manifest(self, target: Target, program: Program, cut: Any, plan: Any) -> dict[str, Any]:

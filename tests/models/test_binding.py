@@ -120,9 +120,13 @@ def test_layers_that_predict_further_tokens_are_lawful(
     path = make_checkpoint("llama", tmp_path, num_nextn_predict_layers=1)
     extra = {f"model.layers.{n}.eh_proj.weight": torch.ones(3) for n in (2, 3)}
     rewrite(path, lambda values: values.update({UP.replace(".1.", ".2."): values[UP].clone()}))
+    with pytest.raises(InvalidModel, match=r"first 'model\.layers\.2\.mlp"):  # a plain layer
+        bound(path)
+    third = extra.pop("model.layers.3.eh_proj.weight")
+    rewrite(path, lambda values: values.update(extra))
     bound(path)
     assert caplog.messages == []
-    rewrite(path, lambda values: values.update(extra))
+    rewrite(path, lambda values: values.update({"model.layers.3.eh_proj.weight": third}))
     with pytest.raises(InvalidModel, match=r"first 'model\.layers\.3\.eh_proj"):
         bound(path)
 
