@@ -132,7 +132,7 @@ def default_options() -> dict[str, Any]:
 
 
 def recipe() -> list[Any]:
-    """What a package depends on beside its graph: the options, and the code that changes others'."""
+    """What a package depends on beside its graph: the options, and the code that writes it."""
     files = [Path(__file__).with_name(f"{name}.py") for name in ("builds", "lean", "sharing")]
     return [default_options(), *(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)]
 
