@@ -112,7 +112,7 @@ def _factors(product: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
 
 def _wide(factor: fx.Node, x: fx.Node) -> bool:
     """Whether a factor has a value for each element of the last dimension."""
-    shape = getattr(factor.meta["val"], "shape", ())
+    shape: Any = getattr(factor.meta["val"], "shape", ())
     return len(shape) > 0 and bool(shape[-1] == x.meta["val"].shape[-1])
 
 
