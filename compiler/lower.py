@@ -11,7 +11,6 @@ packages are kept (`artifact`).
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import tempfile
 import warnings
@@ -23,6 +22,7 @@ import torch
 from torch import fx, nn
 
 from fxlm.compiler import sharing
+from fxlm.compiler.artifact import file_digest
 from fxlm.compiler.builds import BuildFailed, side_by_side
 from fxlm.compiler.cache import cache_directory
 from fxlm.compiler.errors import UnsupportedModel
@@ -134,7 +134,7 @@ def default_options() -> dict[str, Any]:
 def recipe() -> list[Any]:
     """What a package depends on beside its graph: the options, and the code that writes it."""
     files = [Path(__file__).with_name(f"{name}.py") for name in ("builds", "lean", "sharing")]
-    return [default_options(), *(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)]
+    return [default_options(), *map(file_digest, files)]
 
 
 @contextlib.contextmanager

@@ -44,7 +44,7 @@ def pieces_of(node: fx.Node) -> dict[fx.Node, tuple[int, int]]:
     width = sizes(node)[-1]
     for user in node.users:
         if user.target is aten.slice.Tensor and user.args[0] is node:
-            bounds = _bounds(user, last, width)
+            bounds = bounds_of(user, last, width)
             if bounds is None:
                 return {}
             found[user] = bounds
@@ -66,7 +66,8 @@ def _along(node: fx.Node) -> int:
     return int(given)
 
 
-def _bounds(node: Any, last: int, width: int) -> tuple[int, int] | None:
+def bounds_of(node: Any, last: int, width: int) -> tuple[int, int] | None:
+    """What a slice takes of the last dimension; None if it is another, or takes steps."""
     dim, start, end, step = [*node.args[1:], None, None, None, None][:4]
     if (dim or 0) % (last + 1) != last or step not in (None, 1):
         return None

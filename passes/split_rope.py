@@ -18,6 +18,7 @@ from torch import fx
 
 from fxlm.compiler.pipeline import graph_pass
 from fxlm.compiler.program import Program
+from fxlm.passes.merged_linears import bounds_of
 
 aten = torch.ops.aten
 
@@ -121,7 +122,9 @@ def _turned(node: fx.Node) -> tuple[fx.Node, int] | None:
     if node.target is not aten.cat.default or len(node.users) > 1:
         return None
     parts: Any = node.args[0]
-    if len(parts) != 2 or _last(node, 1) is None or parts[0].target is not aten.neg.default:
+    last = node.meta["val"].dim() - 1
+    dim: Any = node.args[1] if len(node.args) > 1 else 0
+    if len(parts) != 2 or dim % (last + 1) != last or parts[0].target is not aten.neg.default:
         return None
     high, low = parts[0].args[0], parts[1]
     if high.target is not aten.slice.Tensor or low.target is not aten.slice.Tensor:
@@ -130,25 +133,6 @@ def _turned(node: fx.Node) -> tuple[fx.Node, int] | None:
     width = x.meta["val"].shape[-1]
     if high.args[0] is not x or not isinstance(width, int) or width % 2:
         return None
-    bounds = [_bounds(part, width) for part in (low, high)]
+    bounds = [bounds_of(part, last, width) for part in (low, high)]
     half = width // 2
     return (x, half) if bounds == [(0, half), (half, width)] else None
-
-
-def _last(node: fx.Node, index: int) -> int | None:
-    """The dimension that a node names, if it is the last one."""
-    dim = node.args[index] if len(node.args) > index else 0
-    assert isinstance(dim, int), node.format_node()
-    return dim if dim % node.meta["val"].dim() == node.meta["val"].dim() - 1 else None
-
-
-def _bounds(node: fx.Node, width: int) -> tuple[int, int] | None:
-    """What a slice takes of the last dimension; None if it is another, or takes steps."""
-    given: list[Any] = [*node.args[2:], None, None, None][:3]
-    start, end, step = given
-    if _last(node, 1) is None or step not in (None, 1):
-        return None
-    start, end = start or 0, width if end is None else end
-    if not isinstance(start, int) or not isinstance(end, int):
-        return None
-    return start, min(end, width)
