@@ -20,6 +20,8 @@ from fxlm.models.shorten import STORED, layers_field
 _log = logging.getLogger(__name__)
 _SHOWN = 5  # names listed in a warning
 _LAYER = re.compile(r"(.+?)\.(\d{1,9})\.")
+# Fields that count layers behind the last one, which predict further tokens.
+_PREDICTING = ("num_nextn_predict_layers", "num_mtp_layers")
 # What a layer that predicts further tokens has, and no other.
 _PREDICTS = re.compile(r"(.+?\.\d{1,9}\.)(eh_proj|enorm|hnorm|shared_head)\.")
 # Tables of positions, which code makes, and scales that `kv_scales` reads or nobody needs.
@@ -45,8 +47,8 @@ def check_unused(
         return
     last = _last_layers(used)
     text = checkpoint.config.get("text_config") or checkpoint.config
-    more = text.get("num_nextn_predict_layers")  # of DeepSeek and its kin, behind the last layer
-    predicting = more if isinstance(more, int) else 0
+    counts = [text.get(field) for field in _PREDICTING]
+    predicting = max((count for count in counts if isinstance(count, int)), default=0)
     known = re.compile("|".join((*_NO_WEIGHTS, *(model._keys_to_ignore_on_load_unexpected or ()))))
     left = {name: _beyond(name, last) for name in unused if not known.search(name)}
     heads = tuple(found[1] for name in left if (found := _PREDICTS.match(name)))

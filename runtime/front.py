@@ -197,6 +197,4 @@ def packing(options: CompileOptions, dtype: torch.dtype) -> tuple[bool, str]:
         return False, f"this CPU has AMX, which oneDNN uses and the kernels ({isa}) do not"
     if isa in ("generic", REFERENCE):
         return False, f"the kernels of this CPU ({isa}) are not fast"
-    if isa == "amx":
-        return True, "the AMX kernels take them, untried on hardware: --disable-pass pack_linears"
     return True, f"the kernels ({isa}) read packed weights as one stream"

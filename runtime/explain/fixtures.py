@@ -31,6 +31,7 @@ LARGE = 1 << 30
 LARGE_LENGTHS = (1, 33)
 NUM_DECODED = 4  # last tokens of a prompt that decode modes run one by one
 MAX_TEXT = 48  # tokens
+UNBOUNDED = 2 * max(LENGTHS)  # context of a model without one (ALiBi): every prompt is whole
 NUM_LOGPROBS = 20
 Row = tuple[int, int]  # prompt, position
 
@@ -51,8 +52,9 @@ def fixture_prompts(checkpoint: Checkpoint, vocab_size: int, context: int) -> li
 
     Args:
         vocab_size: ids are below it.
-        context: most tokens of a prompt.
+        context: tokens that the model was made for; 0 if it has no limit.
     """
+    context = context or UNBOUNDED
     large = checkpoint.num_bytes > LARGE
     texts = [ids[: min(MAX_TEXT, context)] for ids in _encoded(checkpoint)]
     known = [ids for ids in texts if ids and max(ids) < vocab_size]

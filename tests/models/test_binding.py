@@ -114,10 +114,11 @@ def test_layers_beyond_those_of_the_config_are_refused(family: str, tmp_path: Pa
         bound(path)
 
 
+@pytest.mark.parametrize("field", ["num_nextn_predict_layers", "num_mtp_layers"])
 def test_layers_that_predict_further_tokens_are_lawful(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    field: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = make_checkpoint("llama", tmp_path, num_nextn_predict_layers=1)
+    path = make_checkpoint("llama", tmp_path, **{field: 1})
     extra = {f"model.layers.{n}.eh_proj.weight": torch.ones(3) for n in (2, 3)}
     rewrite(path, lambda values: values.update({UP.replace(".1.", ".2."): values[UP].clone()}))
     with pytest.raises(InvalidModel, match=r"first 'model\.layers\.2\.mlp"):  # a plain layer

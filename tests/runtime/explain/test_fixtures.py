@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from fxlm.models.bundled import BUNDLED
 from fxlm.models.checkpoint import Checkpoint, open_checkpoint
+from fxlm.models.tiny import write_checkpoint
 from fxlm.runtime.explain import fixtures
 from fxlm.runtime.explain.fixtures import MODES, Mode
 
@@ -51,3 +54,9 @@ def test_a_large_checkpoint_runs_fewer_tokens(monkeypatch: pytest.MonkeyPatch) -
     few = fixtures.fixture_prompts(checkpoint, 10**6, 64)
     assert few[0] == whole[1]
     assert [len(p) for p in few[1:]] == [1, 32]  # at most half of the context
+
+
+def test_a_model_without_a_longest_context_runs_whole_prompts(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(str(write_checkpoint("bloom", tmp_path / "model")))
+    prompts = fixtures.fixture_prompts(checkpoint, vocab_size=128, context=0)
+    assert [len(ids) for ids in prompts] == list(fixtures.LENGTHS)

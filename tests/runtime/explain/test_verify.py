@@ -74,6 +74,12 @@ def test_the_weights_that_are_served_are_verified(
     assert not verify(options)[0].passed
 
 
+def test_a_model_without_a_longest_context_is_verified(tmp_path: Path) -> None:
+    path = write_checkpoint("bloom", tmp_path / "model")
+    given = EngineOptions(model=str(path), enforce_eager=True, cache_dir=str(tmp_path))
+    assert verify(given)[0].passed
+
+
 def test_tolerance_is_the_users(options: EngineOptions) -> None:
     assert verify(replace(options, passes=(wrong_scale,)), tolerance=100.0)[0].passed
 
