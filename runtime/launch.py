@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fxlm.runtime.engine import Engine
 
 HANG_S = 4.0  # the ranks notice each other first
+SMALL_BYTES = 64 << 20  # of weights, which a step reads in a millisecond or two
 FACTORY = "fxlm.runtime.launch:make_engine"
 
 
@@ -96,7 +97,7 @@ def serve_as_rank(args: argparse.Namespace) -> int | None:
 def make_engine(**values: Any) -> Engine:
     """Factory for the engine process: options as plain values, progress on standard error."""
     from fxlm.runtime.explain import stamp
-    from fxlm.runtime.machine import process_started
+    from fxlm.runtime.machine import num_cores, process_started
     from fxlm.runtime.worker import build_engine, set_threads
 
     options = from_mapping(values)
@@ -107,7 +108,12 @@ def make_engine(**values: Any) -> Engine:
         phases[stage] = seconds
         _report(stage, seconds)
 
-    threads, why = set_threads(options.threads)
+    if leaves_core(options):
+        threads, _ = set_threads(num_cores()[0] - 1)
+        options = replace(options, threads=threads)
+        why = "a core is left to the server, whose work is as long as a step of so small a model"
+    else:
+        threads, why = set_threads(options.threads)
     _say(f"threads {threads} ({why})")
     if num_ranks(options) > 1:
         backend, why = choose_backend(options)
@@ -129,6 +135,22 @@ def make_engine(**values: Any) -> Engine:
         _check_weights(engine, options, compilation)
     _say(f"engine ready after {took:.1f} s, {engine.worker.tier}")
     return engine
+
+
+def leaves_core(options: EngineOptions) -> bool:
+    """Whether a server should run this model on one core less than there are.
+
+    A step of a small model is as short as what the server does meanwhile. On the same cores, each
+    turn of the server's then holds up all threads of a step, which wait for one another.
+    """
+    from fxlm.runtime.compile import open_for
+    from fxlm.runtime.machine import num_cores
+    from fxlm.runtime.options import resolve_device
+
+    chosen = options.threads is not None or num_ranks(options) > 1
+    if chosen or num_cores()[0] == 1 or resolve_device(options.device)[0] != "cpu":
+        return False
+    return open_for(options).num_bytes < SMALL_BYTES
 
 
 def _check_weights(engine: Engine, options: EngineOptions, compilation: Compilation) -> None:

@@ -68,7 +68,8 @@ class EngineOptions:
         tiered_start: serve from the uncompiled graph while another process compiles it.
         prepared_weights: ``auto`` keeps packed weights in the cache, where there is room, for
             the next start to map; ``off`` packs them at every start.
-        threads: CPU threads; None: the cores this process may use.
+        threads: CPU threads; None: the cores this process may use; a server of a small model
+            leaves one of them to itself.
         speculative_config: how tokens are drafted and verified; None: they are not.
         seed: makes requests without a seed repeatable; None draws them at random.
         trust_remote_code: run Python that comes with the checkpoint.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from fxlm.runtime import machine
+from fxlm.runtime import launch, machine
+from fxlm.runtime.options import from_mapping
 from fxlm.runtime.worker import set_threads
 from fxlm.server import cli
 
@@ -49,3 +51,18 @@ def test_more_threads_than_cores_are_warned_of(
     finally:
         torch.set_num_threads(before)
     assert f"give at most {before}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("cores", "small", "options", "expected"),
+    [
+        (4, 1 << 40, {}, True), (4, 0, {}, False), (1, 1 << 40, {}, False),
+        (4, 1 << 40, {"threads": 4}, False), (4, 1 << 40, {"tensor_parallel_size": 2}, False),
+    ],
+)  # fmt: skip
+def test_a_server_of_a_small_model_leaves_itself_a_core(
+    cores: int, small: int, options: dict[str, Any], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "num_cores", lambda: (cores, "cores of the CPU affinity"))
+    monkeypatch.setattr(launch, "SMALL_BYTES", small)
+    assert launch.leaves_core(from_mapping({"model": DRAFT, **options})) is expected
