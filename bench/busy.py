@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from common import print_table, write_results
 from engines import begin_decoding
 
-SPINS = {"brief": "100", "OpenMP's own": "300000"}
+SPINS = ("fxlm", "100", "300000")
 
 
 def main() -> None:
@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=["bundled"])
     parser.add_argument("--busy", type=int, nargs="+", default=[0, 3])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32])
+    parser.add_argument("--spin", nargs="+", default=SPINS, help="turns; 100 are some 5 us")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--seconds", type=float, default=6.0, help="at most, of a batch")
     parser.add_argument("--rounds", type=int, default=3)
@@ -44,12 +45,12 @@ def main() -> None:
     found: dict[tuple[str, int, int, str], list[float]] = {}
     for _ in range(options.rounds):
         for model in options.models:
-            for spin, count in SPINS.items():
+            for spin in options.spin:
                 command = [sys.executable, *sys.argv, "--child", model]
+                chosen = {} if spin == "fxlm" else {"GOMP_SPINCOUNT": spin}
                 made = subprocess.run(
-                    command, env={**os.environ, "GOMP_SPINCOUNT": count},
-                    stdout=subprocess.PIPE, check=True,
-                )  # fmt: skip
+                    command, env={**os.environ, **chosen}, stdout=subprocess.PIPE, check=True
+                )
                 for busy, batch, seconds in json.loads(made.stdout.splitlines()[-1]):
                     found.setdefault((model, busy, batch, spin), []).extend(seconds)
     rows = [

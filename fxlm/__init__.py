@@ -6,15 +6,11 @@ used, so that ``import fxlm`` is quick.
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
-# A thread that waits for others at the end of an operation spins for 5 us, then sleeps. OpenMP's
-# own choice is to spin for some 15 ms: on cores that others want as well, the server's front among
-# them, threads then use up their turns by waiting, and a step takes ten times as long. Read when
-# torch is loaded, by it and by our child processes; a user's choice stands.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "100")
+from fxlm.runtime import spins as _spins
+
+_spins.choose()
 
 if TYPE_CHECKING:
     from fxlm.compiler.pipeline import graph_pass

@@ -27,6 +27,7 @@ from fxlm.runtime.memory import MemoryPlan, plan_memory
 from fxlm.runtime.options import EngineOptions
 from fxlm.runtime.step import Done, StepResult, WorkerSpec
 from fxlm.runtime.tiers import check_same, first_tier
+from fxlm.runtime.waiting import waiting
 
 _log = logging.getLogger(__name__)
 
@@ -89,6 +90,7 @@ class ModelWorker:
     @torch.inference_mode()
     def launch(self, batch: Batch) -> Done:
         """Run the step that ``batch`` holds; its tokens are on the host when this returns."""
+        waiting.look()
         if self._next is not None:
             self._step, self._next = self._next, None
         return Done(self.result(self.step(batch.tensors()), batch.wants_logprobs))

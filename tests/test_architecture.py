@@ -36,10 +36,10 @@ EVALUATING_CALLS = ("eval", "exec", "builtins.eval", "builtins.exec")
 
 # Files that may read the environment of the process, each with what it looks for.
 ENVIRONMENT_READERS = {
-    "fxlm/__init__.py": "how long threads spin, which OpenMP takes from there when torch is loaded",
     "compiler/cache.py": "where caches are (XDG_CACHE_HOME)",
     "compiler/ops/build.py": "the C++ compiler, the ISA under test",
     "runtime/parallel/choice.py": "RANK and the like, by which torchrun tells a process its place",
+    "runtime/spins.py": "how long threads spin, which OpenMP takes from there when torch is loaded",
     "server/options.py": "the API key, which must not stand in a process list",
 }
 # Files that may call eval or exec, each with what is evaluated.
