@@ -1,10 +1,10 @@
 """Decode steps while other programs want the cores, by how long threads spin for one another.
 
-    python bench/busy.py [MODEL ...] [--busy 0 3] [--batch 1 32] [--rounds 3]
+    python bench/busy.py [MODEL ...] [--busy 0 3] [--batch 1 32] [--spin fxlm 100 300000]
 
-`fxlm` has a thread that waits at the end of an operation spin briefly and then sleep
-(``GOMP_SPINCOUNT=100``, about 5 us); OpenMP's own choice is 300,000 turns. Each round starts a
-process with either, in turn; programs that compute without end run beside it, ``--busy`` of them.
+By itself, fxlm has threads spin long on cores of their own and briefly on shared ones; a number is
+``GOMP_SPINCOUNT``, 100 being about 5 us, and 300,000 OpenMP's own choice. Each round starts a
+process with each, in turn; programs that compute without end run beside it, ``--busy`` of them.
 Milliseconds of a step: the median and the mean.
 """
 
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=["bundled"])
     parser.add_argument("--busy", type=int, nargs="+", default=[0, 3])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32])
-    parser.add_argument("--spin", nargs="+", default=SPINS, help="turns; 100 are some 5 us")
+    parser.add_argument("--spin", nargs="+", default=SPINS, help="turns, or fxlm")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--seconds", type=float, default=6.0, help="at most, of a batch")
     parser.add_argument("--rounds", type=int, default=3)
