@@ -7,7 +7,6 @@ that. A pass that says how often it must fire and does not is an error, never a 
 
 from __future__ import annotations
 
-import difflib
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from typing import Any, overload
 
 from fxlm.compiler import contract, identity
 from fxlm.compiler.errors import ContractError, FxlmError, InvalidOption, PassError
+from fxlm.compiler.nearest import hint
 from fxlm.compiler.program import Program, Stage
 from fxlm.compiler.report import PassReport, op_counts, op_diff
 
@@ -322,6 +322,5 @@ def _names(value: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def _suggest(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"there is no pass {name!r}{hint} (passes: {', '.join(known)})"
+    near = hint(name, known)
+    return f"there is no pass {name!r}{near and f'; {near}'} (passes: {', '.join(known)})"

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from fxlm.compiler.errors import PassError
+from fxlm.compiler.nearest import hint
 from fxlm.compiler.program import Program, module_path, module_paths
 
 # From the program and a node to the node that takes its place.
@@ -187,12 +188,8 @@ def _inside(program: Program, path: str) -> dict[fx.Node, None]:
     found = dict.fromkeys(n for n in program.graph.nodes if path in module_paths(n))
     if found:
         return found
-    import difflib
-
-    known = {p for n in program.graph.nodes for p in module_paths(n)}
-    near = difflib.get_close_matches(path, sorted(known), n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise PassError(f"the graph has no module {path!r}{hint}")
+    near = hint(path, sorted({p for n in program.graph.nodes for p in module_paths(n)}))
+    raise PassError(f"the graph has no module {path!r}{near and f'; {near}'}")
 
 
 def _is_float(node: fx.Node) -> bool:

@@ -8,12 +8,12 @@ Not here: who applies it (the pass `quantize`, ``fxlm quantize``).
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from fxlm.compiler.errors import InvalidOption
+from fxlm.compiler.nearest import hint
 
 HEAD = "head"
 LEAST_GROUP = 16  # what the kernels take; see fxlm.compiler.ops.quantized
@@ -126,8 +126,8 @@ def _scheme(name: str, text: str) -> Scheme | None:
     if name == "none":
         return None
     if name not in SCHEMES:
-        near = difflib.get_close_matches(name, SCHEMES, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        near = hint(name, SCHEMES)
         known = ", ".join([*SCHEMES, "none"])
-        raise InvalidOption(OPTION, text, f"{name!r} is no scheme; {hint}there are {known}")
+        words = f"{name!r} is no scheme; {near and f'{near} '}there are {known}"
+        raise InvalidOption(OPTION, text, words)
     return SCHEMES[name]

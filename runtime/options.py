@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from fxlm.compiler.errors import InvalidOption
+from fxlm.compiler.nearest import hint
 from fxlm.runtime.speculative_config import SpeculativeConfig, speculative_config
 
 if TYPE_CHECKING:
@@ -139,11 +140,8 @@ def from_mapping(values: Mapping[str, Any]) -> EngineOptions:
     known = {f.name for f in fields(EngineOptions)}
     for name in values:
         if name not in known:
-            import difflib
-
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
-            raise InvalidOption(name, values[name], f"there is no such option; {hint}")
+            near = hint(name, known, f"known: {', '.join(sorted(known))}")
+            raise InvalidOption(name, values[name], f"there is no such option; {near}")
     given = {k: v for k, v in values.items() if v is not None}
     passes = tuple(given.pop("passes", ()))
     drafting = given.pop("speculative_config", None)
@@ -214,9 +212,13 @@ def load_pass(item: Any) -> GraphPass:
         return _installed_pass(item)
     if not Path(file).is_file():
         raise InvalidOption("--pass", item, "write FILE.py:NAME with a file that exists")
-    found = getattr(import_file(Path(file), "--pass"), name, None)
+    module = import_file(Path(file), "--pass")
+    found = getattr(module, name, None)
     if not isinstance(found, GraphPass):
-        raise InvalidOption("--pass", item, f"{file} has no @graph_pass function {name!r}")
+        there = [key for key, value in vars(module).items() if isinstance(value, GraphPass)]
+        near = hint(name, there, f"it has {', '.join(there) or 'none'}")
+        reason = f"{file} has no @graph_pass function {name!r}; {near}"
+        raise InvalidOption("--pass", item, reason)
     return found
 
 
@@ -228,10 +230,7 @@ def _installed_pass(name: str) -> GraphPass:
 
     offered = {point.name: point for point in entry_points(group="fxlm.passes")}
     if name not in offered:
-        import difflib
-
-        near = difflib.get_close_matches(name, offered, n=1)
-        known = f"did you mean {near[0]!r}?" if near else f"installed: {', '.join(offered) or '-'}"
+        known = hint(name, offered, f"installed: {', '.join(offered) or '-'}")
         raise InvalidOption(
             "--pass", name, f"write FILE.py:NAME, or the name of an installed pass ({known})"
         )

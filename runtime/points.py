@@ -11,7 +11,6 @@ shared only with requests that steer alike.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import math
 from typing import Any
@@ -22,6 +21,7 @@ import numpy.typing as npt
 import torch
 
 from fxlm.compiler.errors import InvalidRequest
+from fxlm.compiler.nearest import hint
 from fxlm.runtime.messages import Output, Tapped
 from fxlm.runtime.request import Request
 from fxlm.runtime.sampling_params import SamplingParams
@@ -166,10 +166,10 @@ def _float32(rows: torch.Tensor) -> npt.NDArray[np.float32]:
 def _known(field: str, name: str, points: dict[str, Any], flag: str) -> None:
     if name in points:
         return
-    near = difflib.get_close_matches(name, points, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    near = hint(name, points)
     there = ", ".join(points) or "none"
     raise InvalidRequest(
-        f"{field} has no point {name!r}: {hint}the engine has {there} (start it with {flag})",
+        f"{field} has no point {name!r}: {near and f'{near} '}the engine has {there} "
+        f"(start it with {flag})",
         field,
     )

@@ -5,7 +5,6 @@ Here: the keys of ``--speculative-config``, their check and their defaults. Not 
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -14,6 +13,7 @@ from typing import Any, Literal, NoReturn, get_args
 import msgspec
 
 from fxlm.compiler.errors import InvalidOption
+from fxlm.compiler.nearest import hint
 
 OPTION = "speculative_config"
 MOST_TOKENS = 64
@@ -132,17 +132,15 @@ def speculative_config(given: Any) -> SpeculativeConfig:
     known = [field.name for field in fields(SpeculativeConfig)]
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-            _refuse(name, given[name], f"there is no such key; {hint}")
+            near = hint(str(name), known, f"known: {', '.join(known)}")
+            _refuse(name, given[name], f"there is no such key; {near}")
     try:
         return msgspec.convert(dict(given), SpeculativeConfig)
     except msgspec.ValidationError as error:
         reason, _, place = str(error).partition(" - at `$.")
         field = place.rstrip("`")
         if field == "method" and isinstance(given["method"], str):
-            near = difflib.get_close_matches(given["method"], METHODS, n=1)
-            reason = f"did you mean {near[0]!r}?" if near else f"use {', '.join(METHODS)}"
+            reason = hint(given["method"], METHODS, f"use {', '.join(METHODS)}")
         _refuse(field, given.get(field), reason)
 
 

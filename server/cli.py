@@ -11,6 +11,7 @@ from typing import NoReturn
 
 import fxlm
 from fxlm.compiler.errors import FxlmError, InvalidOption
+from fxlm.compiler.nearest import did_you_mean
 from fxlm.server.explorer_options import (
     add_bisect_options,
     add_diff,
@@ -24,7 +25,6 @@ from fxlm.server.options import (
     add_quantize_options,
     add_server_options,
 )
-from fxlm.server.suggest import did_you_mean
 
 Command = Callable[[argparse.Namespace], int | None]
 

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import msgspec
 from starlette.requests import ClientDisconnect, Request
 
+from fxlm.compiler.nearest import did_you_mean
 from fxlm.server.errors import ApiError, bad_request
 from fxlm.server.limits import Limits
 from fxlm.server.protocol import (
@@ -26,7 +27,6 @@ from fxlm.server.protocol import (
     StreamOptions,
     Unsupported,
 )
-from fxlm.server.suggest import did_you_mean
 
 R = TypeVar("R", bound=Sampling)
 
