@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+from fxlm.compiler.cache import file_digest
 from fxlm.compiler.errors import ArtifactError
 from fxlm.compiler.program import CacheSpec
 
@@ -159,12 +160,6 @@ def content_digest(content: Any) -> str:
     """SHA-256 of what JSON can hold, as hexadecimal digits; the order of keys does not count."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, as hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

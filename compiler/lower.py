@@ -22,9 +22,8 @@ import torch
 from torch import fx, nn
 
 from fxlm.compiler import sharing
-from fxlm.compiler.artifact import file_digest
 from fxlm.compiler.builds import BuildFailed, side_by_side
-from fxlm.compiler.cache import cache_directory
+from fxlm.compiler.cache import cache_directory, file_digest
 from fxlm.compiler.errors import UnsupportedModel
 from fxlm.compiler.lean import lean, lean_alone
 from fxlm.compiler.outline import Region

@@ -143,6 +143,10 @@ def order(column: Iterable[GraphPass], extra: Iterable[GraphPass] = ()) -> list[
         if known.count(new.name) > 1:
             raise InvalidOption("pass", new.name, "a pass of this name is already in the column")
         for other in (*new.after, *new.before, *new.requires):
+            if other == new.name:
+                raise InvalidOption(
+                    "pass", new.name, "it cannot be before, after or without itself"
+                )
             if other not in known:
                 raise InvalidOption("pass", f"{new.name} -> {other}", _suggest(other, known))
     for new in _by_names(added):

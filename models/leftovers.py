@@ -24,10 +24,11 @@ _LAYER = re.compile(r"(.+?)\.(\d{1,9})\.")
 _PREDICTING = ("num_nextn_predict_layers", "num_mtp_layers")
 # What a layer that predicts further tokens has, and no other.
 _PREDICTS = re.compile(r"(.+?\.\d{1,9}\.)(eh_proj|enorm|hnorm|shared_head)\.")
-# Tables of positions, which code makes, and scales that `kv_scales` reads or nobody needs.
+# Tables of positions, which code makes, scales that `kv_scales` reads or nobody needs, and sizes
+# of packed codes, which are read when the code that unpacks them is written.
 _NO_WEIGHTS = (
     r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\b([kvq]|prob)_scale$",
-    r"\b[kv]_proj\.output_scale$", rf"^({'|'.join(SET_ASIDE)})\.",
+    r"\b[kv]_proj\.output_scale$", r"\.weight_shape$", rf"^({'|'.join(SET_ASIDE)})\.",
 )  # fmt: skip
 
 

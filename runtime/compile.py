@@ -22,7 +22,7 @@ import torch
 from fxlm.compiler import artifact as artifacts
 from fxlm.compiler import key as keys
 from fxlm.compiler.artifact import Artifact, dtype_name
-from fxlm.compiler.cache import cache_directory
+from fxlm.compiler.cache import cache_directory, file_digest
 from fxlm.compiler.errors import InvalidOption
 from fxlm.compiler.options import CompileOptions
 from fxlm.compiler.outline import Outline, Region
@@ -225,7 +225,7 @@ def _digest_file(package: Path) -> Path:
 def _is_whole(package: Path) -> bool:
     """Whether a pooled package is there, and is what was once put there."""
     try:
-        return _digest_file(package).read_text() == artifacts.file_digest(package)
+        return _digest_file(package).read_text() == file_digest(package)
     except OSError:
         return False
 
@@ -357,7 +357,7 @@ class _Compiler:
 
         lower(regions, self.pool, machine.num_cores()[0], alone=alone)
         for path in regions:
-            _digest_file(path).write_text(artifacts.file_digest(path))
+            _digest_file(path).write_text(file_digest(path))
 
     def missing(self, plan: Outline) -> dict[Path, Region]:
         """The regions that the pool lacks, by where they belong."""

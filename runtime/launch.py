@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fxlm.runtime.engine import Engine
 
 HANG_S = 4.0  # the ranks notice each other first
+IDLE_S = 60.0  # one rank waits for nobody: a drafter of the user's hangs, or the process is stopped
 SMALL_BYTES = 64 << 20  # of weights, which a step reads in a millisecond or two
 FACTORY = "fxlm.runtime.launch:make_engine"
 
@@ -74,7 +75,7 @@ def prepare(args: argparse.Namespace) -> EngineSpec:
         name=options.model,
         directory=directory,
         tokenizer=resolve(tokenizer) if tokenizer else directory,
-        hang_s=options.distributed_timeout_seconds + HANG_S if num_ranks(options) > 1 else None,
+        hang_s=options.distributed_timeout_seconds + HANG_S if num_ranks(options) > 1 else IDLE_S,
     )
 
 

@@ -11,6 +11,7 @@ Not here: HTTP (`fxlm.server`), several processes (`service`).
 from __future__ import annotations
 
 import itertools
+import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +23,7 @@ from fxlm.models.chat import ChatTemplate
 from fxlm.models.checkpoint import resolve
 from fxlm.models.tokenizer import Tokenizer
 from fxlm.runtime.compile import Report
+from fxlm.runtime.explain import stamp
 from fxlm.runtime.options import EngineOptions, from_mapping
 from fxlm.runtime.outputs import OutputProcessor, RequestOutput
 from fxlm.runtime.request import Request
@@ -65,6 +67,7 @@ class LLM:
         self.artifact = compilation.artifact
         self.program = compilation.program  # None if the artifact was there already
         checkpoint = compilation.checkpoint
+        _say(stamp.line(self.artifact, checkpoint.weights_digest()))
         self._tokenizer: Tokenizer | None = None
         if not skip_tokenizer_init:
             place = resolve(tokenizer) if tokenizer else checkpoint.path
@@ -266,14 +269,17 @@ def _is_token(item: Any) -> bool:
 
 
 def _progress() -> Report:
-    """Compiling is announced on standard error; a cached artifact says nothing."""
-    import sys
+    """Compiling is announced on standard error."""
 
     def report(stage: str, seconds: float) -> None:
         if stage.startswith(("compile", "capture")):
-            sys.stderr.write(f"fxlm: {stage} {seconds:.1f} s\n")
+            _say(f"{stage} {seconds:.1f} s")
 
     return report
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"fxlm: {text}\n")
 
 
 def _bar(total: int) -> Any:

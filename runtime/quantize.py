@@ -8,6 +8,7 @@ files (`fxlm.models.formats.write_compressed`), rounding while loading (``--quan
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -112,7 +113,7 @@ def quantize_checkpoint(
     from fxlm.compiler import ops
 
     ops.load()
-    if budget_error is not None and budget_error <= 0:
+    if budget_error is not None and not 0 < budget_error < math.inf:
         raise InvalidOption("--budget-error", budget_error, "must be more than 0, e.g. 0.05")
     if output.exists():
         raise InvalidOption("--output", str(output), "it exists; name a new directory")

@@ -29,13 +29,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from fxlm.compiler.cache import cache_directory
+from fxlm.compiler.cache import cache_directory, file_digest
 from fxlm.compiler.errors import FxlmError, InvalidOption
 
 _log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "csrc"
 LIBRARY = "fxlm_ops.so"
+RECORD = "build.json"
 REFERENCE = "reference"
 COMMON = [
     "-std=c++17",
@@ -138,13 +139,16 @@ def _remedy(error: BuildError | OSError) -> str:
 def _load(isa: str) -> None:
     import torch
 
-    library = build(isa)
+    torch.ops.load_library(str(build(isa)))
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether a library is as it was built: a wrong byte in code ends the process, or worse."""
     try:
-        torch.ops.load_library(str(library))
-    except OSError as error:
-        _log.warning("%s is damaged (%s): building it again", library, error)
-        library.unlink(missing_ok=True)
-        torch.ops.load_library(str(build(isa)))
+        record = json.loads((library.parent / RECORD).read_text(encoding="utf-8"))
+        return bool(record["sha256"] == file_digest(library))
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 def usable_isas() -> list[str]:
@@ -178,7 +182,7 @@ def cpu_flags() -> frozenset[str]:
 
 
 def build(isa: str) -> Path:
-    """The library of an ISA, compiled unless the cache has it. Safe with many processes at once.
+    """The library of an ISA, compiled unless the cache has it whole. Safe with many processes.
 
     Raises:
         BuildError: no compiler, or it failed.
@@ -186,11 +190,13 @@ def build(isa: str) -> Path:
     """
     folder = cache_root() / key(isa)
     library = folder / LIBRARY
-    if library.exists():
+    if _is_whole(library):
         return library
     folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with _locked(folder.with_suffix(".lock")):
-        if not library.exists():  # another process may have built it while we waited
+        if not _is_whole(library):  # another process may have built it while we waited
+            if library.exists():
+                _log.warning("%s is damaged: building it again", library)
             _build_into(folder, isa)
     return library
 
@@ -239,9 +245,13 @@ def _build_into(folder: Path, isa: str) -> None:
         (work / "done").mkdir()
         _compile(compiler, isa, work)
         version = subprocess.run([compiler, "--version"], capture_output=True, text=True)
-        record = {"isa": isa, "compiler": version.stdout.partition("\n")[0]}
-        (work / "done" / "build.json").write_text(json.dumps(record), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)  # without a library in it: damaged
+        record = {
+            "isa": isa,
+            "compiler": version.stdout.partition("\n")[0],
+            "sha256": file_digest(work / "done" / LIBRARY),
+        }
+        (work / "done" / RECORD).write_text(json.dumps(record), encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)  # what is there is damaged
         (work / "done").rename(folder)
     _log.info("compiled the %s kernels in %.1f s", isa, time.perf_counter() - began)
 

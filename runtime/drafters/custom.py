@@ -32,20 +32,28 @@ def custom_drafter(config: SpeculativeConfig, spec: WorkerSpec) -> Drafter:
         raise InvalidOption(FIELD, name, reason) from error
     if not callable(getattr(drafter, "propose", None)):
         raise InvalidOption(FIELD, name, "it has no method propose(sequences, limits)")
-    return drafter if isinstance(drafter, Drafter) else _Lookalike(drafter)
+    return _Guarded(drafter)
 
 
-class _Lookalike(Drafter):
-    """An object that has ``propose`` and perhaps ``finish``, but another base class."""
+class _Guarded(Drafter):
+    """An object that has ``propose`` and perhaps ``finish``, and that may read tokens only."""
 
     def __init__(self, drafter: Any) -> None:
-        self.name = type(drafter).__name__
+        self.name = getattr(drafter, "name", "") or type(drafter).__name__
         self._drafter = drafter
         self._finish = getattr(drafter, "finish", None)
 
     def propose(self, sequences: list[Sequence], limits: list[int]) -> list[list[int]]:
         """See `Drafter.propose`."""
-        found: list[list[int]] = self._drafter.propose(sequences, limits)
+        before = [(s, s.token_ids, list(s.token_ids)) for s in sequences]
+        try:
+            found: list[list[int]] = self._drafter.propose(sequences, limits)
+        finally:
+            changed = [item for item in before if item[0].token_ids != item[2]]
+            for sequence, held, tokens in changed:
+                sequence.token_ids, held[:] = held, tokens
+        if changed:
+            raise TypeError("it changed token_ids, which are to be read only")
         return found
 
     def finish(self, sequence: Sequence) -> None:

@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from fxlm.compiler.artifact import MANIFEST, Artifact, content_digest, file_digest
+from fxlm.compiler.artifact import MANIFEST, Artifact, content_digest
+from fxlm.compiler.cache import file_digest
 from fxlm.compiler.errors import InvalidOption
 
 FILE = "verified.json"

@@ -71,7 +71,8 @@ def place_of(options: EngineOptions, rank: int = 0) -> Place:
     )
     assert 0 <= rank < place.size, (rank, place.size)
     for name, unset in _ALONE.items():
-        if place.size > 1 and getattr(options, name) != unset:
+        given = getattr(options, name)
+        if place.size > 1 and given != unset:
             reason = "not over several ranks yet; leave it out, or use one rank"
-            raise InvalidOption(name, getattr(options, name), reason)
+            raise InvalidOption(name, getattr(given, "method", given), reason)
     return place

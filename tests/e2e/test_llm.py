@@ -152,3 +152,8 @@ def test_odd_prompts_are_refused(llm: LLM, prompt: Any) -> None:
 def test_arrays_are_token_ids(llm: LLM) -> None:
     expected = llm.generate([5, 6, 7], GREEDY)[0].outputs[0].token_ids
     assert llm.generate(np.array([5, 6, 7]), GREEDY)[0].outputs[0].token_ids == expected
+
+
+def test_a_start_says_whether_the_artifact_was_verified(capfd: pytest.CaptureFixture[str]) -> None:
+    LLM("bundled-draft", dtype="float32", enforce_eager=True, max_num_seqs=8)
+    assert "fxlm: not verified: `fxlm verify`" in capfd.readouterr().err

@@ -136,7 +136,8 @@ def test_tensors_that_no_parameter_needs_are_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = make_checkpoint("llama3", tmp_path)
-    lawful = {"model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.0.self_attn.k_scale"}
+    lawful = {"model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.0.self_attn.k_scale",
+              "model.layers.0.mlp.up_proj.weight_shape"}  # fmt: skip
     stray = "vision_tower.encoder.layers.7.fc1.weight"
 
     def add(values: dict[str, torch.Tensor]) -> None:

@@ -84,6 +84,11 @@ def test_conflicting_order_is_refused() -> None:
     )
 
 
+def test_a_pass_cannot_follow_itself() -> None:
+    with pytest.raises(InvalidOption, match="pass='circle' cannot be used: it cannot be before"):
+        pipeline.order(default_column(), [user_pass("circle", after="circle")])
+
+
 def test_a_needed_pass_cannot_be_disabled() -> None:
     needed = "'sample' requires the pass 'last_tokens', which is not in the column: keep 'last"
     with pytest.raises(InvalidOption, match=needed):
@@ -91,8 +96,9 @@ def test_a_needed_pass_cannot_be_disabled() -> None:
 
 
 def test_disabling_an_unknown_pass_is_refused() -> None:
-    with pytest.raises(InvalidOption, match="did you mean 'cleanup'"):
-        pipeline.disable(default_column(), ["clean_up"])
+    for name in ("clean_up", "CLEANUP"):
+        with pytest.raises(InvalidOption, match="did you mean 'cleanup'"):
+            pipeline.disable(default_column(), [name])
 
 
 def test_a_pass_that_fires_too_seldom_is_an_error() -> None:

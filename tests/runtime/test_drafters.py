@@ -115,6 +115,10 @@ class Echo:
         return [s.token_ids[-1:] * self.most for s in sequences]
 class Picky:
     def __init__(self): pass
+class Scribe(Echo):
+    def propose(self, sequences, limits):
+        sequences[0].token_ids.append(3)
+        return [[9], [9]]
 class Idle:
     def __init__(self, config, spec): pass
 number = 3
@@ -134,6 +138,14 @@ def test_a_class_of_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         drafter.finish(sequence([1]))
         assert drafter.name == "Echo"
     sys.modules.pop("own_drafter")
+
+
+def test_a_users_class_cannot_change_what_was_generated(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(OWN)
+    items = [sequence([5, 6]), sequence([7])]
+    with pytest.raises(TypeError, match="read only"):
+        custom(f"{tmp_path}/own.py:Scribe").propose(items, [2, 2])
+    assert [item.token_ids for item in items] == [[5, 6], [7]]
 
 
 @pytest.mark.parametrize(

@@ -44,8 +44,9 @@ def test_a_file_of_passes(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text("from fxlm import graph_pass\n@graph_pass\ndef mine(program): return 0\n")
     assert load_pass(f"{file}:mine").name == "mine"
-    with pytest.raises(InvalidOption, match="no @graph_pass function 'yours'"):
-        load_pass(f"{file}:yours")
+    for name, words in (("Mine_", "did you mean 'mine'"), ("yours", "it has mine")):
+        with pytest.raises(InvalidOption, match=f"no @graph_pass function '{name}'; {words}"):
+            load_pass(f"{file}:{name}")
     file.write_text("import nothing_of_this_name\n")
     with pytest.raises(InvalidOption, match="the file does not import: ModuleNotFoundError"):
         load_pass(f"{file}:mine")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -153,8 +154,9 @@ def test_what_cannot_be_done_is_said(dense: Path, tmp_path: Path) -> None:
         quantize_checkpoint(str(dense), "int9", tmp_path / "out")
     with pytest.raises(InvalidOption, match="--output"):
         quantize_checkpoint(str(dense), "int8", dense)
-    with pytest.raises(InvalidOption, match="--budget-error=-1"):
-        quantize_checkpoint(str(dense), "int8", tmp_path / "out", budget_error=-1)
+    for budget in (-1.0, math.nan, math.inf):
+        with pytest.raises(InvalidOption, match=f"--budget-error={budget}"):
+            quantize_checkpoint(str(dense), "int8", tmp_path / "out", budget_error=budget)
     with pytest.raises(InvalidOption, match="no layer's error is that small"):
         quantize_checkpoint(str(dense), "int8", tmp_path / "out", budget_error=1e-9)
     with pytest.raises(InvalidOption, match="--calibration"):

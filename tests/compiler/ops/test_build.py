@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -129,14 +130,17 @@ def test_the_key_covers_sources_and_flags(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(keys) == 5
 
 
-def test_a_damaged_library_is_built_again(registered: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["no library", "one bit"])
+def test_a_damaged_library_is_built_again(damage: str, registered: str, tmp_path: Path) -> None:
     if registered == "reference":
         pytest.skip("no compiler here")
     root = build.cache_root()
     target = tmp_path / "fxlm" / "ops" / build.key(registered)
-    target.mkdir(parents=True)
-    (target / build.LIBRARY).write_bytes(b"no library at all")
-    good = (root / build.key(registered) / build.LIBRARY).read_bytes()
+    shutil.copytree(root / build.key(registered), target)
+    good = (target / build.LIBRARY).read_bytes()
+    bad = bytearray(good)
+    bad[len(bad) // 2] ^= 1
+    (target / build.LIBRARY).write_bytes(bad if damage == "one bit" else b"no library at all")
     script = (
         "from fxlm.compiler.ops import build\n"
         "def copy(compiler, isa, work):\n"
@@ -151,6 +155,7 @@ def test_a_damaged_library_is_built_again(registered: str, tmp_path: Path) -> No
         [sys.executable, "-c", script], capture_output=True, text=True, env=environment
     )
     assert done.stdout == f"{registered}\n", done.stderr
+    assert "is damaged: building it again" in done.stderr
     assert (target / build.LIBRARY).read_bytes() == good
 
 
