@@ -109,43 +109,46 @@ def main() -> None:
     options = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="fxlm-startup-"))
     try:
-        results = measure(options, work)
+        runs = measure(options, work)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+    results = {name: _median(found) for name, found in runs.items()}
     for name, phases in results.items():
         rows: list[dict[str, object]] = [{"phase": p, "value": s} for p, s in phases.items()]
         print_table(rows, title=f"{Path(options.model).name}: {name}")
     second = Path(options.second).name if options.second else None
     chosen = {"model": Path(options.model).name, "second": second, "runs": options.runs}
-    print(write_results(options.name, results, options=chosen, output=options.output))
+    document = {**results, "single runs": runs}
+    print(write_results(options.name, document, options=chosen, output=options.output))
 
 
-def measure(options: argparse.Namespace, work: Path) -> dict[str, Phases]:
-    """Seconds by phase for each way of starting."""
-    results: dict[str, Phases] = {}
+def measure(options: argparse.Namespace, work: Path) -> dict[str, list[Phases]]:
+    """Seconds by phase of each run, for each way of starting."""
+    results: dict[str, list[Phases]] = {}
     if "setup" in options.cases:
-        made = [_setup(work / f"setup{run}") for run in range(options.runs)]
-        results["setup"] = _median(made)
+        results["setup"] = [_setup(work / f"setup{run}") for run in range(options.runs)]
     if "compile" in options.cases:
         runs = [compile_twice(options, work / f"empty{run}") for run in range(options.runs)]
         for case in runs[0]:
-            results[case] = _median([run[case] for run in runs])
+            results[case] = [run[case] for run in runs]
     if "depth" in options.cases:
-        deep = [_depth(options.model, work / f"depth{run}") for run in range(options.runs)]
-        results["depth"] = _median(deep)
+        results["depth"] = [
+            _depth(options.model, work / f"depth{run}") for run in range(options.runs)
+        ]
     cache = options.cache_dir or work / "cache"
     model, runs_of = options.model, range(options.runs)
     if set(options.cases) & {"artifact", "server", "memory"}:
         _child(CHILD, model, cache, dict(os.environ), "auto")
     if "artifact" in options.cases:
-        warm = [_child(CHILD, model, cache, dict(os.environ), "auto")["phases"] for _ in runs_of]
-        results["artifact, one process"] = _median(warm)
+        results["artifact, one process"] = [
+            _child(CHILD, model, cache, dict(os.environ), "auto")["phases"] for _ in runs_of
+        ]
     if "server" in options.cases:
-        results["artifact, server"] = _median([_server(model, cache) for _ in runs_of])
+        results["artifact, server"] = [_server(model, cache) for _ in runs_of]
     if "tiered" in options.cases:
-        results["tiered, server"] = _tiered(model, work / "tiered")
+        results["tiered, server"] = [_tiered(model, work / "tiered")]
     if "memory" in options.cases:
-        results |= _memory(model, cache)
+        results |= {name: [found] for name, found in _memory(model, cache).items()}
     return results
 
 
