@@ -4,7 +4,7 @@
         --concurrency 8 --requests 32 --input 128 --output 64
     python bench/online.py --port 8100 --server 'fxlm=fxlm serve MODEL --port 8100' --server ... \
         --rate 2 --duration 30
-    python bench/online.py --server ... --chat --concurrency 32 --no-stream --output 16
+    python bench/online.py --server ... --chat --concurrency 32 --no-stream --output 16 --wrk
 
 Several servers are loaded in turn, ``--blocks`` times, the others idle meanwhile. A server given
 by its command is started for its block, warmed, loaded and ended, so that none shares the machine;
@@ -13,7 +13,8 @@ its start to first token and peak memory are in the row, too. With
 Poisson process with a fixed seed, whatever the server does. Prompts are token ids drawn anew for
 every request, so no prefix cache helps; with ``--chat``, they are short questions. Goodput counts
 requests within ``--slo-ttft`` and ``--slo-itl`` (its mean). The client streams, and runs on the
-same cores as the server (aiohttp: a third of the time of httpx a request).
+same cores as the server (aiohttp: a third of the time of httpx a request); with ``--wrk`` it is
+wrk, a hundredth of that, which knows of whole answers alone and asks for ``--duration`` seconds.
 """
 
 from __future__ import annotations
@@ -30,8 +31,11 @@ from typing import Any
 
 import aiohttp
 
+import wrk_load
 from common import print_table, write_results
 from servers import running
+
+WARM_S = 4
 
 
 @dataclass
@@ -76,12 +80,16 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--input", type=int, default=128, help="prompt tokens")
     parser.add_argument("--output", type=int, default=64, help="tokens generated")
     parser.add_argument("--vocabulary", type=int, default=32000, help="ids are drawn below this")
+    parser.add_argument("--wrk", action="store_true", help="load with wrk; goes with --no-stream")
     parser.add_argument("--no-stream", action="store_true", help="whole answers: requests/s only")
     parser.add_argument("--blocks", type=int, default=3)
     parser.add_argument("--slo-ttft", type=float, default=2.0)
     parser.add_argument("--slo-itl", type=float, default=0.2)
     parser.add_argument("--name", default="load", help="of the result file")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.wrk and (not options.no_stream or options.rate):
+        parser.error("--wrk goes with --no-stream and without --rate")
+    return options
 
 
 def _block(name: str, place: str, block: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -96,10 +104,28 @@ def _block(name: str, place: str, block: int, options: argparse.Namespace) -> di
 
 def _warm_and_load(url: str, options: argparse.Namespace, seed: int) -> dict[str, Any]:
     """One round of as many requests as may run at once goes before the one that counts."""
+    if options.wrk:
+        return asyncio.run(_whole(url, options, seed))
     few = argparse.Namespace(**vars(options))
     few.rate, few.requests = None, options.concurrency
     asyncio.run(_load(url, few, seed + 500))
     return asyncio.run(_load(url, options, seed))
+
+
+async def _whole(url: str, options: argparse.Namespace, seed: int) -> dict[str, Any]:
+    draw = random.Random(seed)
+    async with aiohttp.ClientSession(url) as client:
+        model = await _model(client)
+    bodies = [_body(model, options, draw) for _ in range(2000)]
+    place = url + ("/v1/chat/completions" if options.chat else "/v1/completions")
+    wrk_load.load(place, bodies, options.concurrency, WARM_S)
+    return wrk_load.load(place, bodies, options.concurrency, round(options.duration))
+
+
+async def _model(client: aiohttp.ClientSession) -> str:
+    async with client.get("/v1/models") as answer:
+        name: str = (await answer.json())["data"][0]["id"]
+        return name
 
 
 async def _load(url: str, options: argparse.Namespace, seed: int) -> dict[str, Any]:
@@ -107,8 +133,7 @@ async def _load(url: str, options: argparse.Namespace, seed: int) -> dict[str, A
     async with aiohttp.ClientSession(
         url, timeout=aiohttp.ClientTimeout(total=600), connector=aiohttp.TCPConnector(limit=0)
     ) as client:
-        async with client.get("/v1/models") as answer:
-            model = (await answer.json())["data"][0]["id"]
+        model = await _model(client)
         count = options.requests if not options.rate else int(options.rate * options.duration)
         bodies = [_body(model, options, draw) for _ in range(max(count, 1))]
         started = time.perf_counter()
