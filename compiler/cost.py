@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from fxlm.compiler.hoist import Cut, hoist
+from fxlm.compiler.ops.epilogue import GATED
 from fxlm.compiler.program import Program
 
 UNCACHED = ("captured", "bound")  # stages without a KV cache
@@ -116,7 +117,8 @@ class _Counter:
         if "attention" in name:
             return 2 * self.shape.pairs * _attention_width(node)
         inner = self.inner(node, name)
-        return 2 * inner * self.numel(node.meta["val"]) if inner else 0
+        sums = 2 if _is_gated(node) else 1  # behind each number of the result
+        return 2 * inner * sums * self.numel(node.meta["val"]) if inner else 0
 
     def inner(self, node: fx.Node, name: str) -> int:
         """Length of the sums of a matrix product; 0 for anything else."""
@@ -159,6 +161,12 @@ class _Counter:
             return size
         known = size.node.expr.subs(self.sizes)
         return int(known) if known.is_number else int(size.node.hint)
+
+
+def _is_gated(node: fx.Node) -> bool:
+    """Whether a layer's result has half its outputs."""
+    last = node.args[-1] if node.args else None
+    return isinstance(last, str) and last.endswith(GATED)
 
 
 def _attention_width(node: fx.Node) -> int:

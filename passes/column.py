@@ -40,8 +40,8 @@ COLUMN: tuple[GraphPass, ...] = (
     cut_stages,  # this stage's layers; left out unless several stages share the model
     split_rope,  # rotary embeddings without a copy of swapped halves
     fuse_quantized_linear,  # linears that read quantized weights as they are
-    fuse_activation,  # those apply the activation and the gate that follow, too
     pack_linears,  # weights in panels; left out where it does not pay
+    fuse_activation,  # both kinds apply the activation and the gate that follow, too
 )
 
 REQUIRED = ("bind_checkpoint", "paged_attention", "last_tokens", "sample")

@@ -1,17 +1,18 @@
-"""Let a quantized linear layer apply the activation that follows it.
+"""Let a linear layer over a packed weight apply the activation that follows it.
 
-before:  y = fxlm.quantized_linear(x, p, ...); z = gelu(y)
-after:   z = fxlm.quantized_linear(x, p, ..., "gelu")
+before:  y = fxlm.packed_linear(x, p, b, N); z = gelu(y)       quantized_linear alike
+after:   z = fxlm.packed_linear(x, p, b, N, "gelu")
 
-before:  p = fxlm.pack_codes(codes, ...); y = fxlm.quantized_linear(x, p, ...)     gate, up
+before:  p = fxlm.pack_weight(w); y = fxlm.packed_linear(x, p, b, N)               gate, up
          z = silu(y[..., :n]) * y[..., n:]
-after:   p = fxlm.pack_codes(codes, ..., True)
-         z = fxlm.quantized_linear(x, p, ..., "silu_and_mul")
+after:   p = fxlm.pack_weight(w, True)
+         z = fxlm.packed_linear(x, p, b, N, "silu_and_mul")
 
 The kernel applies it to the float32 sums: y is never written, and not rounded either. An
 activation is known by what it computes, not by how a model spells it: the ops between y and z are
 run on some numbers, so that GPT-J's gelu of tanh and pow, or BLOOM's of six products, will do. A
-layer is left alone if something else sees y, or if up comes before gate.
+layer is left alone if something else sees y, if up comes before gate, or if its gate and up are
+read elsewhere too (they would have to lie in two orders).
 """
 
 from __future__ import annotations
@@ -21,35 +22,41 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxlm.compiler.ops.quantized import FUNCTIONS, GATED
+from fxlm.compiler.ops.epilogue import FUNCTIONS, GATED
 from fxlm.compiler.pipeline import graph_pass
 from fxlm.compiler.program import Program
 from fxlm.passes.merged_linears import pieces_of
 
 aten = torch.ops.aten
 ops = torch.ops.fxlm
-NUM_ARGS = 10  # of a layer without an epilogue
 MOST_OPS = 16  # of an activation
 
 
+def _layers(program: Program) -> list[fx.Node]:
+    return program.find(ops.quantized_linear.default, ops.packed_linear.default)
+
+
 def _fusable(program: Program) -> int:
-    return sum(_epilogue(node) is not None for node in program.find(ops.quantized_linear.default))
+    return sum(_epilogue(node) is not None for node in _layers(program))
 
 
-@graph_pass(after="fuse_quantized_linear", expects=_fusable, last=True)
+@graph_pass(after=("fuse_quantized_linear", "pack_linears"), expects=_fusable, last=True)
 def fuse_activation(program: Program) -> int:
-    """Fuse what follows each quantized linear layer into it; returns how many."""
+    """Fuse what follows each packed linear layer into it; returns how many."""
     fused = 0
-    for layer in program.find(ops.quantized_linear.default):
+    for layer in _layers(program):
         found = _epilogue(layer)
         if found is None:
             continue
         name, result = found
         if name.endswith(GATED):
             for node in _packing(layer):
-                node.args = (*node.args[:3], True)
+                node.args = (*node.args[: _last(node)], True)
+        view = _viewed(layer)
         with program.graph.inserting_before(result):
             new = program.call(layer.target, *layer.args, name, like=result)
+            if view is not layer:
+                new = program.call(view.target, new, *view.args[1:], like=view)
         program.replace(result, new)
         fused += 1
     return fused
@@ -57,9 +64,20 @@ def fuse_activation(program: Program) -> int:
 
 def _epilogue(layer: fx.Node) -> tuple[str, fx.Node] | None:
     """The name of what follows a layer, as the op has it, and the node that it ends in."""
-    if len(layer.args) > NUM_ARGS:  # it has one already
+    if len(layer.args) > _last(layer):  # it has one already
         return None
-    return _activation(layer) or _gate(layer)
+    return _activation(_viewed(layer)) or _gate(layer)
+
+
+def _last(node: Any) -> int:
+    """The place of an op's last argument: of a layer its epilogue, of a packing `gated`."""
+    return len(node.target._schema.arguments) - 1
+
+
+def _viewed(layer: fx.Node) -> fx.Node:
+    """A layer, or its one view, where that is all that is seen of it: of Conv1D (GPT-2)."""
+    (user,) = layer.users if len(layer.users) == 1 else (layer,)
+    return user if user.target is aten.view.default else layer
 
 
 def _gate(layer: fx.Node) -> tuple[str, fx.Node] | None:
@@ -69,8 +87,8 @@ def _gate(layer: fx.Node) -> tuple[str, fx.Node] | None:
     if width % 2 or len(halves) != 2 or gate is None or up is None:
         return None
     found = _activation(gate)
-    packed = (ops.pack_codes.default, ops.pack_scale.default)
-    if found is None or any(n.target not in packed or len(n.users) > 1 for n in _packing(layer)):
+    packings = (ops.pack_weight.default, ops.pack_codes.default, ops.pack_scale.default)
+    if found is None or any(n.target not in packings or len(n.users) > 1 for n in _packing(layer)):
         return None
     name, activated = found
     (product,) = activated.users if len(activated.users) == 1 else (None,)
@@ -81,7 +99,8 @@ def _gate(layer: fx.Node) -> tuple[str, fx.Node] | None:
 
 def _packing(layer: fx.Node) -> list[fx.Node]:
     """The nodes that bring the layer's weight into panels."""
-    return [a for a in layer.args[1:4] if isinstance(a, fx.Node)]
+    count = 1 if layer.target is ops.packed_linear.default else 3  # scales and offsets, too
+    return [a for a in layer.args[1 : 1 + count] if isinstance(a, fx.Node)]
 
 
 def _activation(start: fx.Node) -> tuple[str, fx.Node] | None:

@@ -4,7 +4,8 @@ A packed weight is a dense tensor [panels, steps, 64, per_step] of the weight's 
 
     packed[p, s, c, i] = weight[64 p + c, per_step s + i]       zero beyond the weight's sizes
 
-so that 64 outputs (a panel) are one sequential stream. Experts [E,N,K] are E of them in a row.
+so that 64 outputs (a panel) are one sequential stream. Experts [E,N,K] are E of them in a row. For
+64 p + c of a ``gated`` weight see `fxlm.compiler.ops.epilogue`.
 ``per_step`` is 2 for bfloat16 (the pairs that AVX512-BF16 and AMX multiply) and 1 otherwise. Not
 here: the kernels (csrc/linear.cpp, csrc/linear_tiles.cpp) and the pass that places the ops
 (``fxlm.passes.pack_linears``).
@@ -15,12 +16,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-PACK_WEIGHT = "(Tensor weight) -> Tensor"
-PACKED_LINEAR = "(Tensor x, Tensor packed, Tensor? bias, int n) -> Tensor"
+from fxlm.compiler.ops.epilogue import GATED, PANEL, apply, columns_of, from_panels, to_panels
+
+PACK_WEIGHT = "(Tensor weight, bool gated=False) -> Tensor"
+PACKED_LINEAR = '(Tensor x, Tensor packed, Tensor? bias, int n, str epilogue="none") -> Tensor'
 PACKED_GROUPED = "(Tensor x, Tensor packed, Tensor offsets, int n) -> Tensor"
 PACKED_ROWS = "(Tensor packed, Tensor ids, int k) -> Tensor"
-
-PANEL = 64  # outputs a panel
 
 
 def inputs_per_step(dtype: torch.dtype) -> int:
@@ -28,16 +29,19 @@ def inputs_per_step(dtype: torch.dtype) -> int:
     return 2 if dtype == torch.bfloat16 else 1
 
 
-def fake_pack_weight(weight: Tensor) -> Tensor:
+def fake_pack_weight(weight: Tensor, gated: bool = False) -> Tensor:
     """weight [...,N,K] -> [..., ceil(N/64), ceil(K/per_step), 64, per_step]."""
     *experts, outputs, inputs = weight.shape
+    assert not (gated and outputs % 2), list(weight.shape)
     step = inputs_per_step(weight.dtype)
     return weight.new_empty((*experts, -(-outputs // PANEL), -(-inputs // step), PANEL, step))
 
 
-def fake_packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, n: int) -> Tensor:
-    """x [...,K] -> [...,n], contiguous."""
-    return x.new_empty((*x.shape[:-1], n))
+def fake_packed_linear(
+    x: Tensor, packed: Tensor, bias: Tensor | None, n: int, epilogue: str = "none"
+) -> Tensor:
+    """x [...,K] -> [...,n], [...,n/2] if gated; contiguous."""
+    return x.new_empty((*x.shape[:-1], columns_of(n, epilogue)))
 
 
 def fake_packed_grouped(x: Tensor, packed: Tensor, offsets: Tensor, n: int) -> Tensor:
@@ -50,24 +54,23 @@ def fake_packed_rows(packed: Tensor, ids: Tensor, k: int) -> Tensor:
     return packed.new_empty((*ids.shape, k))
 
 
-def pack_weight(weight: Tensor) -> Tensor:
+def pack_weight(weight: Tensor, gated: bool = False) -> Tensor:
     """Bring a weight [N,K], or experts [E,N,K], of any strides into panels; the layout is above."""
-    *experts, outputs, inputs = weight.shape
-    step = inputs_per_step(weight.dtype)
-    missing = (0, -inputs % step, 0, -outputs % PANEL)
-    padded = torch.nn.functional.pad(weight, missing)
-    panels = padded.reshape(*experts, -(-outputs // PANEL), PANEL, -(-inputs // step), step)
-    return panels.transpose(-3, -2).contiguous()
+    step, inputs = inputs_per_step(weight.dtype), weight.shape[-1]
+    padded = torch.nn.functional.pad(weight, (0, -inputs % step))
+    panels = to_panels(padded, gated)
+    steps = panels.view(*panels.shape[:-1], -(-inputs // step), step)
+    return steps.transpose(-3, -2).contiguous()
 
 
-def unpack_weight(packed: Tensor, outputs: int, inputs: int) -> Tensor:
+def unpack_weight(packed: Tensor, outputs: int, inputs: int, gated: bool = False) -> Tensor:
     """The weight [N,K] that was packed."""
-    panels, steps, columns, step = packed.shape
-    whole = packed.transpose(1, 2).reshape(panels * columns, steps * step)
-    return whole[:outputs, :inputs]
+    return from_panels(packed.transpose(1, 2).flatten(2), outputs, gated)[:, :inputs]
 
 
-def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, n: int) -> Tensor:
+def packed_linear(
+    x: Tensor, packed: Tensor, bias: Tensor | None, n: int, epilogue: str = "none"
+) -> Tensor:
     """``linear(x, weight, bias)``, summed in float32 at least.
 
     Args:
@@ -75,14 +78,16 @@ def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, n: int) -> Ten
         packed: of a weight [n,K].
         bias: [n] or None.
         n: outputs.
+        epilogue: what is done to y [...,n]: `fxlm.compiler.ops.epilogue`.
 
     Returns:
-        [...,n] in x's dtype, contiguous.
+        [...,n] in x's dtype, [...,n/2] if gated; contiguous.
     """
     exact = torch.float64 if x.dtype == torch.float64 else torch.float32
-    weight = unpack_weight(packed, n, x.shape[-1]).to(exact)
+    weight = unpack_weight(packed, n, x.shape[-1], epilogue.endswith(GATED)).to(exact)
     wide = None if bias is None else bias.to(exact)
-    return torch.nn.functional.linear(x.to(exact), weight, wide).to(x.dtype).contiguous()
+    y = torch.nn.functional.linear(x.to(exact), weight, wide)
+    return apply(y, epilogue).to(x.dtype).contiguous()
 
 
 def packed_grouped(x: Tensor, packed: Tensor, offsets: Tensor, n: int) -> Tensor:

@@ -25,9 +25,7 @@ or ``int8``), as the scheme or the checkpoint has it.
 
 with zeros past the weight's sizes, P = ceil(N / 64). Four neighbouring inputs of an output lie
 together, as VNNI multiplies them; a 4-bit step unpacks by one `and` and one shift into two 8-bit
-steps. A ``gated`` weight, gate and up one after another, has 32 outputs of each half in a panel:
-for 64 p + c read 32 p + c if c < 32, else N / 2 + 32 p + c - 32. Whoever has multiplied a panel
-then has both factors of 32 products, and panels are read in one stream as ever.
+steps. For 64 p + c of a ``gated`` weight see `fxlm.compiler.ops.epilogue`.
 
 Not here: the kernels (csrc/), which passes place the ops (``fxlm.passes``), the formats of
 checkpoints (``fxlm.models.formats``).
@@ -35,12 +33,13 @@ checkpoints (``fxlm.models.formats``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, linear, pad, relu, silu
+from torch.nn.functional import linear, pad
+
+from fxlm.compiler.ops.epilogue import GATED, PANEL, apply, columns_of, from_panels, to_panels
 
 DEQUANTIZE = (
     "(Tensor codes, Tensor scale, Tensor? offset, Tensor? table, int bits, int[] block, "
@@ -63,14 +62,8 @@ QUANTIZED_ROWS = (
     "int group, ScalarType dtype) -> Tensor"
 )
 
-PANEL = 64  # outputs a panel
 STEP = 4  # neighbouring inputs of one output
 ACTIVATIONS = ("none", "int8")
-FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": relu, "silu": silu, "gelu": gelu, "gelu_tanh": partial(gelu, approximate="tanh"),
-}  # fmt: skip
-GATED = "_and_mul"
-EPILOGUES = ("none", *FUNCTIONS, *(name + GATED for name in FUNCTIONS))
 FP8_MAX = 448.0  # of float8_e4m3fn
 TILE = 1 << 22  # elements that are widened to float32 at a time
 
@@ -291,27 +284,12 @@ def pack_codes(codes: Tensor, bits: int, table: bool, gated: bool = False) -> Te
     per_step = STEP * 8 // bits
     raw = codes.view(torch.int8)
     nibbles = raw + 8 if bits == 4 and not table else raw
-    panels = _to_panels(pad(nibbles, (0, -codes.shape[1] % per_step)), gated)
+    panels = to_panels(pad(nibbles, (0, -codes.shape[1] % per_step)), gated)
     steps = panels.view(len(panels), PANEL, -1, per_step).transpose(1, 2).contiguous()
     if bits == 8:
         return steps.view(codes.dtype)
     nibble = steps.view(torch.uint8)
     return nibble[..., :STEP] | nibble[..., STEP:] << 4
-
-
-def _to_panels(rows: Tensor, gated: bool) -> Tensor:
-    """[N,C] -> [ceil(N/64),64,C], zeros behind the last row."""
-    parts = 2 if gated else 1
-    count, wide = len(rows) // parts, PANEL // parts
-    padded = pad(rows.reshape(parts, count, -1), (0, 0, 0, -count % wide))
-    return padded.view(parts, -(-count // wide), wide, -1).transpose(0, 1).flatten(1, 2)
-
-
-def _from_panels(panels: Tensor, outputs: int, gated: bool) -> Tensor:
-    """The reverse: [P,64,C] -> [outputs,C]."""
-    parts = 2 if gated else 1
-    halves = panels.reshape(len(panels), parts, PANEL // parts, -1).transpose(0, 1).flatten(1, 2)
-    return halves[:, : outputs // parts].flatten(0, 1)
 
 
 def unpack_codes(
@@ -323,7 +301,7 @@ def unpack_codes(
     else:
         steps = torch.cat([packed & 15, packed >> 4], dim=-1).view(torch.int8)
         steps = steps if table else steps - 8
-    codes = _from_panels(steps.transpose(1, 2).flatten(2), outputs, gated)[:, :inputs].contiguous()
+    codes = from_panels(steps.transpose(1, 2).flatten(2), outputs, gated)[:, :inputs].contiguous()
     return codes.view(packed.dtype) if bits == 8 else codes
 
 
@@ -342,7 +320,7 @@ def pack_scale(scale: Tensor, n: int, rows: int, gated: bool = False) -> Tensor:
         gated: as the codes are packed.
     """
     each = scale[torch.arange(n, device=scale.device) // (rows or n)]
-    return _to_panels(each, gated).transpose(1, 2).contiguous()
+    return to_panels(each, gated).transpose(1, 2).contiguous()
 
 
 def fake_quantized_linear(
@@ -350,8 +328,7 @@ def fake_quantized_linear(
     bias: Tensor | None, n: int, bits: int, group: int, activation: str, epilogue: str = "none",
 ) -> Tensor:  # fmt: skip
     """x [...,K] -> [...,n], [...,n/2] if gated; contiguous."""
-    assert epilogue in EPILOGUES, epilogue
-    return x.new_empty((*x.shape[:-1], n // 2 if epilogue.endswith(GATED) else n))
+    return x.new_empty((*x.shape[:-1], columns_of(n, epilogue)))
 
 
 def quantized_linear(
@@ -359,9 +336,6 @@ def quantized_linear(
     bias: Tensor | None, n: int, bits: int, group: int, activation: str, epilogue: str = "none",
 ) -> Tensor:  # fmt: skip
     """``linear(x, dequantize(...), bias)`` over the packed form, summed in float32 at least.
-
-    What follows by way of ``epilogue`` sees these sums, not their rounding to x's dtype: one
-    rounding less than the ops by themselves make, two where the result is gated.
 
     Args:
         x: [...,K], any strides.
@@ -374,8 +348,7 @@ def quantized_linear(
         group: inputs that share a scale; 0: all.
         activation: ``none``: x as it is (the CPU kernels keep 16 bits of it, 24 of float32, by
             segments: csrc/quantized.cpp); ``int8``: each row of x rounded by `round_rows`.
-        epilogue: what is done to y [...,n]: ``none``; one of `FUNCTIONS`; its name and
-            ``_and_mul`` for f(y[...,:n/2]) * y[...,n/2:], over a weight that is packed ``gated``.
+        epilogue: what is done to y [...,n]: `fxlm.compiler.ops.epilogue`.
 
     Returns:
         [...,n] in x's dtype, [...,n/2] if gated; contiguous.
@@ -388,10 +361,7 @@ def quantized_linear(
     gated = epilogue.endswith(GATED)
     weight = _unpack(packed, scale, offset, table, n, x.shape[-1], bits, group, gated).to(exact)
     y = linear(wide, weight, None if bias is None else bias.to(exact))
-    if epilogue != "none":
-        function = FUNCTIONS[epilogue.removesuffix(GATED)]
-        y = function(y[..., : n // 2]) * y[..., n // 2 :] if gated else function(y)
-    return y.to(x.dtype).contiguous()
+    return apply(y, epilogue).to(x.dtype).contiguous()
 
 
 def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -406,8 +376,8 @@ def _unpack(
 ) -> Tensor:  # fmt: skip
     """The weight [outputs,inputs] in float32."""
     codes = unpack_codes(packed, outputs, inputs, bits, table is not None, gated)
-    each = _from_panels(scale.transpose(1, 2), outputs, gated)
-    shift = None if offset is None else _from_panels(offset.transpose(1, 2), outputs, gated)
+    each = from_panels(scale.transpose(1, 2), outputs, gated)
+    shift = None if offset is None else from_panels(offset.transpose(1, 2), outputs, gated)
     return dequantize(codes, each, shift, table, bits, (1, group), torch.float32, "none")
 
 

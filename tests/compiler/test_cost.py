@@ -8,7 +8,10 @@ from fxlm.compiler import pipeline
 from fxlm.compiler.cost import Shape, step_cost
 from fxlm.compiler.program import Program
 from fxlm.passes.cleanup import cleanup
+from fxlm.passes.fuse_activation import fuse_activation
+from fxlm.passes.fuse_gate_up import fuse_gate_up
 from fxlm.passes.last_tokens import last_tokens
+from fxlm.passes.pack_linears import pack_linears
 from fxlm.passes.paged_attention import paged_attention
 from fxlm.passes.sample import sample
 from tests.programs import captured
@@ -34,6 +37,16 @@ def test_decode(paged: Program) -> None:
     embedding = 3 * 64
     rotation = 8
     assert found.weight_bytes == 4 * (2 * LAYER + HEAD + NORMS + embedding + rotation)
+
+
+def test_a_gate_inside_a_layer_saves_activations_alone(paged: Program) -> None:
+    column = [cleanup, fuse_gate_up, paged_attention, last_tokens, sample, pack_linears]
+    program = pipeline.run(captured(), column)
+    before = step_cost(program, PREFILL)
+    found = step_cost(pipeline.run(program, [fuse_activation]), PREFILL)
+    assert found.operations == before.operations == step_cost(paged, PREFILL).operations
+    assert found.weight_bytes == before.weight_bytes
+    assert found.activation_bytes < before.activation_bytes
 
 
 def test_prefill_draws_one_row(paged: Program) -> None:

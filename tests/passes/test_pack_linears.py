@@ -158,6 +158,6 @@ def test_a_pass_that_names_no_place_still_finds_linears() -> None:
         "mine",
         "split_rope",
         "fuse_quantized_linear",
-        "fuse_activation",
         "pack_linears",
+        "fuse_activation",
     ]

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "epilogue.h"
 #include "vec.h"
 
 #define FXLM_CHECK STD_TORCH_CHECK
@@ -42,6 +43,22 @@ inline Tensor empty_cpu(const std::vector<int64_t>& sizes, int32_t dtype) {
                                                   strides.data(), dtype,
                                                   aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
+}
+
+// Of an epilogue's name, behind a layer of n outputs.
+inline Epilogue epilogue_of(const std::string& name, int64_t n) {
+  constexpr std::pair<const char*, Function> functions[] = {{"relu", Function::relu},
+                                                            {"silu", Function::silu},
+                                                            {"gelu", Function::gelu},
+                                                            {"gelu_tanh", Function::gelu_tanh}};
+  if (name == "none") return {};
+  for (const auto& [known, function] : functions) {
+    if (name == known) return {function, false};
+    if (name != known + std::string("_and_mul")) continue;
+    FXLM_CHECK(n % 2 == 0, "a gated layer has ", n, " outputs, an odd number");
+    return {function, true};
+  }
+  FXLM_CHECK(false, "epilogue is \"", name, "\"");
 }
 
 // A dense last dimension, and the type the schema's comment promises.

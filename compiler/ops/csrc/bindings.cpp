@@ -280,13 +280,14 @@ Sampled sample_cpu(Tensor logits, Tensor floats, Tensor ints, Tensor adjust_star
 
 // ---- linear layers ----------------------------------------------------------------------------
 
-Tensor pack_weight_cpu(Tensor weight) {
+Tensor pack_weight_cpu(Tensor weight, bool gated) {
   const auto dtype = dtype_of(weight);
   const int64_t dim = weight.dim();
   FXLM_CHECK(dim == 2 || dim == 3, "weight is neither [N, K] nor [E, N, K]");
   const int64_t outputs = weight.size(dim - 2), inputs = weight.size(dim - 1);
+  FXLM_CHECK(!gated || outputs % 2 == 0, "a gated weight has ", outputs, " outputs, an odd number");
   if (!dtype || (inputs > 1 && weight.stride(dim - 1) != 1))
-    return one_result<1>("fxlm::pack_weight_reference", {from(weight)});
+    return one_result<2>("fxlm::pack_weight_reference", {from(weight), from(gated)});
   const int64_t per_step = inputs_per_step(*dtype);
   std::vector<int64_t> sizes{(outputs + kPanel - 1) / kPanel, (inputs + per_step - 1) / per_step,
                              kPanel, per_step};
@@ -298,7 +299,7 @@ Tensor pack_weight_cpu(Tensor weight) {
   const int64_t width = int64_t(weight.element_size());
   for (int64_t i = 0; i < (dim == 3 ? weight.size(0) : 1); ++i)
     pack_weight({*dtype, from_data + (dim == 3 ? i * weight.stride(0) * width : 0), outputs, inputs,
-                 weight.stride(dim - 2), to_data + i * units * width});
+                 weight.stride(dim - 2), gated, to_data + i * units * width});
   return packed;
 }
 
@@ -313,19 +314,21 @@ void check_packed(const Tensor& packed, Dtype dtype, int64_t inputs, int64_t n) 
              packed.size(first), " panels, which do not make ", n, " outputs");
 }
 
-Tensor packed_linear_cpu(Tensor x, Tensor packed, MaybeTensor bias, int64_t n) {
+Tensor packed_linear_cpu(Tensor x, Tensor packed, MaybeTensor bias, int64_t n,
+                         std::string epilogue) {
   const auto dtype = dtype_of(x);
   const auto same = [&](const Tensor& t) { return t.scalar_type() == x.scalar_type(); };
   if (!dtype || !same(packed) || (bias && !same(*bias)))
-    return one_result<4>("fxlm::packed_linear_reference",
-                         {from(x), from(packed), from(bias), from(n)});
+    return one_result<5>("fxlm::packed_linear_reference",
+                         {from(x), from(packed), from(bias), from(n), from(epilogue)});
   FXLM_CHECK(x.dim() >= 1, "x has no dimension");
   std::vector<int64_t> sizes;
   int64_t rows = 1;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) sizes.push_back(x.size(i)), rows *= x.size(i);
-  sizes.push_back(n);
   PackedLinear args{};
   args.dtype = *dtype;
+  args.epilogue = epilogue_of(epilogue, n);
+  sizes.push_back(args.epilogue.columns(n));
   args.inputs = x.size(x.dim() - 1);
   args.x_stride = x.stride(x.dim() - 1);
   FXLM_CHECK(packed.dim() == 4, "packed has ", packed.dim(), " dimensions");

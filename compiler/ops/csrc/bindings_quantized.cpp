@@ -12,17 +12,6 @@ Code code_of(ScalarType stored, int64_t bits, bool table) {
   return bits == 8 ? Code::int8 : table ? Code::table4 : Code::int4;
 }
 
-// Of an epilogue's name.
-Function function_of(std::string name) {
-  for (const auto& [known, function] : {std::pair{"none", Function::none},
-                                        {"relu", Function::relu},
-                                        {"silu", Function::silu},
-                                        {"gelu", Function::gelu},
-                                        {"gelu_tanh", Function::gelu_tanh}})
-    if (name == known) return function;
-  FXLM_CHECK(false, "epilogue is \"", name, "\"");
-}
-
 Tensor pack_codes_cpu(Tensor codes, int64_t bits, bool table, bool gated) {
   const auto type = codes.scalar_type();
   FXLM_CHECK(codes.dim() == 2, "codes are not [N, K]");
@@ -90,18 +79,14 @@ Tensor quantized_linear_cpu(Tensor x, Tensor packed, Tensor scale, MaybeTensor o
   std::vector<int64_t> sizes;
   int64_t rows = 1;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) sizes.push_back(x.size(i)), rows *= x.size(i);
-  const std::string gate = "_and_mul";
-  const size_t named = epilogue.size() < gate.size() ? 0 : epilogue.size() - gate.size();
-  const bool gated = epilogue.substr(named) == gate;
-  FXLM_CHECK(!gated || n % 2 == 0, "a gated layer has ", n, " outputs, an odd number");
-  const Function function = function_of(gated ? epilogue.substr(0, named) : epilogue);
-  sizes.push_back(gated ? n / 2 : n);
+  const Epilogue after = epilogue_of(epilogue, n);
+  sizes.push_back(after.columns(n));
   const auto offsets = row_offsets(x, rows);
   Tensor out = empty_cpu(sizes, type_of(x));
   const auto floats = [](const MaybeTensor& t) {
     return t ? static_cast<const float*>(t->data_ptr()) : nullptr;
   };
-  quantized_linear({*dtype, code, function, gated, activation == "int8", x.data_ptr(),
+  quantized_linear({*dtype, code, after, activation == "int8", x.data_ptr(),
                     offsets.data(), x.stride(x.dim() - 1), rows, inputs, n, size,
                     packed.data_ptr(), floats(scale), floats(offset), floats(table),
                     bias ? bias->data_ptr() : nullptr, out.data_ptr()});

@@ -213,8 +213,7 @@ class Linear {
       }
     for (int64_t i = 0; i < panels; ++i)
       for (int64_t row = 0; row < count; ++row)
-        finish<T>(args_, sums + (i * count + row) * kPanel, (panel + i) * kPanel, kPanel,
-                  first + row);
+        finish_panel<T>(args_, sums + (i * count + row) * kPanel, panel + i, first + row);
   }
 
   // `next`: steps from this block to the one that is read after it.
@@ -275,7 +274,7 @@ void pack(const PackWeight& args) {
   for_each_item(ceil_div(args.outputs, kPanel), [&](int64_t panel) {
     const T* rows[kPanel];
     for (int64_t i = 0; i < kPanel; ++i) {
-      const int64_t row = panel * kPanel + i;
+      const int64_t row = output_at(panel, i, args.outputs, args.gated);
       rows[i] = row < args.outputs ? static_cast<const T*>(args.weight) + row * args.row_stride
                                    : zeros.data();
     }

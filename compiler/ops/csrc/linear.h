@@ -7,11 +7,10 @@
 
 #include <cstdint>
 
+#include "epilogue.h"
 #include "vec.h"
 
 namespace fxlm {
-
-constexpr int64_t kPanel = 64;
 
 constexpr int64_t inputs_per_step(Dtype dtype) { return dtype == Dtype::bf16 ? 2 : 1; }
 
@@ -19,18 +18,20 @@ struct PackWeight {
   Dtype dtype;
   const void* weight;  // [outputs, inputs], dense in its last dimension
   int64_t outputs, inputs, row_stride;
+  bool gated;  // panels hold as many of the first half of the outputs as of the second
   void* packed;
 };
 
 struct PackedLinear {
   Dtype dtype;  // of x, packed, bias and out
+  Epilogue epilogue;
   const void* x;
   const int64_t* rows;    // where each row of x begins, in elements
   int64_t x_stride;       // between neighbours in a row of x
   int64_t num_rows, inputs, outputs;
   const void* packed;
   const void* bias;       // [outputs] or null
-  void* out;              // [num_rows, outputs], contiguous
+  void* out;              // [num_rows, outputs], or half as many if gated; contiguous
 };
 
 struct PackedRows {

@@ -14,6 +14,8 @@ bool tiled_linear(const PackedLinear&) { return false; }
 
 namespace {
 
+static_assert(kHalfPanel == kPanelPairs, "gates and factors are the halves of a panel");
+
 struct Bf16Layer {
   using Sum = float;
   const PackedLinear& args;
@@ -50,8 +52,15 @@ struct Bf16Layer {
   }
 
   void write(int64_t panel, int64_t row, const float* left, const float* right, bool many) const {
+    if (!many) return finish_panel<Bf16>(args, left, panel, row);  // right lies behind left
+    if (args.epilogue.gated)
+      return finish_activated<Bf16>(args, left, right, panel * kHalfPanel, kHalfPanel, row, true);
     const int64_t column = panel * kPanel;
-    if (!many) return finish<Bf16>(args, left, column, kPanel, row);  // and what follows it
+    if (!args.epilogue.is_none()) {
+      finish_activated<Bf16>(args, left, nullptr, column, kHalfPanel, row, true);
+      finish_activated<Bf16>(args, right, nullptr, column + kHalfPanel, kHalfPanel, row, true);
+      return;
+    }
     if (!stream(left, column, row)) finish<Bf16>(args, left, column, kHalfPanel, row);
     if (!stream(right, column + kHalfPanel, row))
       finish<Bf16>(args, right, column + kHalfPanel, kHalfPanel, row);

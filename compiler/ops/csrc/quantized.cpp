@@ -465,7 +465,7 @@ struct Int8Layer {
 
   // Whole lines of a bf16 result, past the caches; false: not written, they are none.
   bool lines(int64_t panel, int64_t row, const int32_t* left, const int32_t* right) const {
-    if (args.gated) return line(panel, row, left, 0, panel * kHalfPanel, right);
+    if (args.epilogue.gated) return line(panel, row, left, 0, panel * kHalfPanel, right);
     const int64_t first = panel * kPanel;
     return line(panel, row, left, 0, first, nullptr) &&
            line(panel, row, right, kHalfPanel, first + kHalfPanel, nullptr);
@@ -478,7 +478,7 @@ struct Int8Layer {
     if (columns - first < kHalfPanel) return false;
     vf values[kHalfPanel / W];
     for (int i = 0; i < kHalfPanel / W; ++i) {
-      values[i] = apply(args.function, output(panel, row, sums, half, first, i));
+      values[i] = apply(args.epilogue.function, output(panel, row, sums, half, first, i));
       if (up) values[i] = values[i] * output(panel, row, up, kHalfPanel, columns + first, i);
     }
     return stream_line(static_cast<Bf16*>(args.out) + row * columns + first, values);

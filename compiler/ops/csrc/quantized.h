@@ -18,17 +18,10 @@ constexpr int64_t inputs_per_word(Code code) {
   return code == Code::int4 || code == Code::table4 ? 8 : 4;
 }
 
-// What is done to sums before they are rounded to the type of the result.
-enum class Function { none, relu, silu, gelu, gelu_tanh };
-
-// Outputs of a panel that its result has: of a gated weight, half are gates, half are factors.
-constexpr int kPanelPairs = kPanel / 2;
-
 struct QuantizedLinear {
   Dtype dtype;  // of x, bias and out
   Code code;
-  Function function;
-  bool gated;             // function(y[:, :outputs / 2]) * y[:, outputs / 2:] is the result
+  Epilogue epilogue;
   bool round_rows;        // each row of x is rounded to int8 first
   const void* x;
   const int64_t* rows;    // where each row of x begins, in elements

@@ -11,24 +11,6 @@
 namespace fxlm {
 namespace {
 
-inline vf apply(Function function, vf x) {
-  switch (function) {
-    case Function::none:
-      return x;
-    case Function::relu:
-      return x < 0.0f ? vf{} : x;  // NaN stays NaN
-    case Function::silu:
-      return x * vsigmoid(x);
-    case Function::gelu: {  // x Phi(x)
-      const vf tail = 0.5f * verfc(bit_cast<vf>(bit_cast<vu>(x) & 0x7fffffffu) * 0.70710678f);
-      return x * (x < 0.0f ? tail : 1.0f - tail);
-    }
-    case Function::gelu_tanh:  // (1 + tanh(u)) / 2 = sigmoid(2 u), u = sqrt(2 / pi) (x + ...)
-      return x * vsigmoid(1.59576912f * (x + 0.044715f * (x * x * x)));
-  }
-  return x;
-}
-
 template <class T>
 vf scaled(const float* sums, float row_scale, const T* bias, int count) {
   const vf value = load(sums) * row_scale;
@@ -40,9 +22,9 @@ vf scaled(const float* sums, float row_scale, const T* bias, int count) {
 template <class T, bool kPlain>
 void write(const QuantizedLinear& args, const float* sums, const float* row_scale, int64_t panel,
            int64_t first, int64_t count) {
-  const bool gated = !kPlain && args.gated;
+  const bool gated = !kPlain && args.epilogue.gated;
   const int64_t wide = gated ? kPanelPairs : kPanel, column = panel * wide;
-  const int64_t columns = gated ? args.outputs / 2 : args.outputs;
+  const int64_t columns = kPlain ? args.outputs : args.epilogue.columns(args.outputs);
   const int last = int(std::min(wide, columns - column));
   const T* bias = args.bias ? static_cast<const T*>(args.bias) + column : nullptr;
   for (int64_t row = first; row < first + count; ++row, sums += kPanel) {
@@ -50,7 +32,7 @@ void write(const QuantizedLinear& args, const float* sums, const float* row_scal
     for (int i = 0; i < last; i += W) {
       const int part = std::min(W, last - i);
       vf value = scaled(sums + i, row_scale[row], bias ? bias + i : bias, part);
-      if (!kPlain) value = apply(args.function, value);
+      if (!kPlain) value = apply(args.epilogue.function, value);
       if (gated)
         value = value * scaled(sums + kPanelPairs + i, row_scale[row],
                                bias ? bias + columns + i : bias, part);
@@ -64,7 +46,7 @@ void write(const QuantizedLinear& args, const float* sums, const float* row_scal
 
 template <class T, class... Of>
 void write_any(const QuantizedLinear& args, Of... of) {
-  if (args.function == Function::none && !args.gated)
+  if (args.epilogue.is_none())
     write<T, true>(args, of...);
   else
     write<T, false>(args, of...);

@@ -66,13 +66,6 @@ void pack_panel(const PackCodes& args, const int8_t* const* rows, uint32_t* out)
   }
 }
 
-// The output at a place of a panel; none is args.outputs.
-int64_t output_of(const PackCodes& args, int64_t panel, int64_t place) {
-  if (!args.gated) return std::min(panel * kPanel + place, args.outputs);
-  const int64_t half = args.outputs / 2, pair = panel * kPanelPairs + place % kPanelPairs;
-  return pair < half ? place / kPanelPairs * half + pair : args.outputs;
-}
-
 }  // namespace
 
 void pack_codes(const PackCodes& args) {
@@ -84,7 +77,7 @@ void pack_codes(const PackCodes& args) {
   for_each_item(panels, [&](int64_t panel) {
     const int8_t* rows[kPanel];
     for (int64_t i = 0; i < kPanel; ++i) {
-      const int64_t row = output_of(args, panel, i);
+      const int64_t row = output_at(panel, i, args.outputs, args.gated);
       rows[i] = row < args.outputs
                     ? static_cast<const int8_t*>(args.codes) + row * args.row_stride
                     : missing.data();

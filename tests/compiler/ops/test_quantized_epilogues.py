@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from fxlm.compiler.ops import quantized
+from fxlm.compiler.ops.epilogue import EPILOGUES, FUNCTIONS
 
 OPS = torch.ops.fxlm
 # sums and the function in float32; otherwise the rounding of the result, and of x to 16 bits
@@ -18,7 +19,6 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 ROWS = (1, 3, 17, 64)
 SHAPES = ((256, 64), (134, 300), (6, 7))
 GROUP = {8: 0, 4: 32}  # bits -> inputs that share a scale
-EPILOGUES = quantized.EPILOGUES
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -44,7 +44,7 @@ def exact(y: Tensor, epilogue: str) -> Tensor:
     """The epilogue of y, in y's type."""
     if epilogue == "none":
         return y
-    function = quantized.FUNCTIONS[epilogue.removesuffix("_and_mul")]
+    function = FUNCTIONS[epilogue.removesuffix("_and_mul")]
     if not epilogue.endswith("_and_mul"):
         return function(y)
     gate, up = y.chunk(2, -1)
@@ -78,7 +78,7 @@ def test_kernel_equals_its_reference(epilogue: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("epilogue", quantized.FUNCTIONS)
+@pytest.mark.parametrize("epilogue", FUNCTIONS)
 def test_kernel_knows_the_ends_of_a_function(epilogue: str) -> None:
     dense, rest = weight_of(8, 64, 64, False)
     for size in (1e-3, 1e1, 1e2, 1e3, 1e9, 1e30):

@@ -28,6 +28,7 @@ NAMES = (
     *("attention", "paged_attention", "paged_attention_read_only", "paged_attention_reference"),
     *("sample", "sample_reference"),
     *("pack_weight", "packed_linear", "packed_linear_reference", "packed_rows"),
+    *("pack_gated_weight", "packed_gated_linear"),
 )
 
 
@@ -39,7 +40,10 @@ def calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     shared = (step.q, None, None, *step.args()[3:], *rules)
     packed = OPS.pack_weight(torch.randn(70, 9))
     linear = (torch.randn(2, 3, 9), packed, torch.randn(70), 70)
+    gated = (torch.randn(2, 3, 9), OPS.pack_weight(torch.randn(70, 9), True), torch.randn(70), 70)
     return {
+        "pack_gated_weight": (OPS.pack_weight, (torch.randn(70, 9), True)),
+        "packed_gated_linear": (OPS.packed_linear, (*gated, "silu_and_mul")),
         "pack_weight": (OPS.pack_weight, (torch.randn(70, 9, dtype=torch.bfloat16),)),
         "packed_linear": (OPS.packed_linear, linear),
         "packed_linear_reference": (OPS.packed_linear_reference, linear),

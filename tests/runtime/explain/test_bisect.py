@@ -36,7 +36,7 @@ def test_an_honest_column_is_not_blamed(checkpoint: Checkpoint) -> None:
     names: list[str] = []
     assert bisect(checkpoint, options(), tell=lambda line: names.append(line.name)) is None
     assert names[0] == "captured"
-    assert names[-1] == "pack_linears"
+    assert names[-1] == "fuse_activation"
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_tied_weights_in_half_precision_are_not_blamed(tmp_path: Path) -> None:
         tell=lambda line: lines.append((line.name, line.deviates)),
     )
     assert found is None
-    ends = ["captured", "pack_linears"]
+    ends = ["captured", "fuse_activation"]
     assert lines == [(name, False) for name in [*ends, *ends]]  # in bfloat16, then in float32
 
 

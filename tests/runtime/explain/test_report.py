@@ -70,12 +70,13 @@ def test_the_step_without_a_pass_that_changed_nothing_is_not_timed() -> None:
     choices = Choices(numbers=False, limits=False, shapes=(shape,))
     report = explain(open_checkpoint("bundled-draft"), CompileOptions(), choices, tell=said.append)
     without = {e["name"]: e["without"] for e in report["passes"] if "without" in e}
-    assert without["fuse_activation"] == {"required": False, "reason": UNCHANGED}
+    assert without["fuse_quantized_linear"] == {"required": False, "reason": UNCHANGED}
     assert "times" in without["fuse_qkv"]
-    assert "the step without fuse_activation" not in said
+    assert "the step without fuse_quantized_linear" not in said
     report["machine"] |= {"read_gbs": 40.0, "matmul_tflops": 0.5}
     assert "<b>nothing to do</b>" in render(report)
-    assert any(line.startswith("fuse_activation") and "the same" in line for line in lines(report))
+    found = lines(report)
+    assert any(line.startswith("fuse_quantized_linear") and "the same" in line for line in found)
     (required,) = (entry for entry in report["passes"] if entry["name"] == "sample")
     required["rewrites"] = 0
     report["passes"] = [report["passes"][0], required]
