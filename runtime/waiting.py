@@ -32,6 +32,7 @@ class Waiting:
 
     Attributes:
         brief: whether threads sleep soon.
+        team: the thread of the second team, while there is one.
     """
 
     def __init__(self) -> None:
@@ -40,7 +41,7 @@ class Waiting:
         self._before: tuple[float, dict[int, int]] | None = None
         self._share = 0.0
         self._leave = threading.Event()
-        self._holder: threading.Thread | None = None
+        self.team: threading.Thread | None = None
 
     def look(self) -> None:
         """Look at the threads if it is time to, and choose. To be called by the stepping thread."""
@@ -79,18 +80,18 @@ class Waiting:
             ready.set()
             leave.wait()
 
-        self._holder = threading.Thread(
+        self.team = threading.Thread(
             target=rest, args=(self._leave,), name="fxlm-waiting", daemon=True
         )
-        self._holder.start()
+        self.team.start()
         ready.wait()
 
     def release(self) -> None:
         """End the second team: threads spin long again."""
         self._leave.set()
-        if self._holder is not None:
-            self._holder.join()
-        self.brief, self._holder = False, None
+        if self.team is not None:
+            self.team.join()
+        self.brief, self.team = False, None
 
 
 def line_delays() -> dict[int, int]:

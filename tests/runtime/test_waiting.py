@@ -30,13 +30,16 @@ def test_threads_that_stay_in_line_sleep_soon_until_cores_are_free(waiting: Wait
     for _ in range(10):
         waiting.choose(2 * CROWDED)
     assert waiting.brief
+    team = waiting.team
+    assert team is not None
+    assert team.is_alive()
     for _ in range(5):
         waiting.choose(0.0)
     assert waiting.brief  # not at once
     for _ in range(40):
         waiting.choose(FREE / 2)
     assert not waiting.brief
-    assert "fxlm-waiting" not in [thread.name for thread in threading.enumerate()]
+    assert not team.is_alive()
 
 
 def test_looks_are_rare_and_leave_a_users_choice_alone(
