@@ -232,7 +232,7 @@ def _step_times(
 ) -> dict[int, list[float]]:
     """Seconds of steps of the worker, one of each length in turn."""
     assert engine.speculator is not None
-    drafter: Any = engine.speculator.drafter
+    drafter: Any = engine.speculator.drafter.inner  # type: ignore[union-attr]
     generator = random.Random(1)
     prompt = [generator.randrange(3, engine.spec.vocab_size) for _ in range(options.prompt)]
     params = SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True)

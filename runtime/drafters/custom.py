@@ -36,18 +36,22 @@ def custom_drafter(config: SpeculativeConfig, spec: WorkerSpec) -> Drafter:
 
 
 class _Guarded(Drafter):
-    """An object that has ``propose`` and perhaps ``finish``, and that may read tokens only."""
+    """An object that has ``propose`` and perhaps ``finish``, and that may read tokens only.
+
+    Attributes:
+        inner: that object.
+    """
 
     def __init__(self, drafter: Any) -> None:
         self.name = getattr(drafter, "name", "") or type(drafter).__name__
-        self._drafter = drafter
+        self.inner = drafter
         self._finish = getattr(drafter, "finish", None)
 
     def propose(self, sequences: list[Sequence], limits: list[int]) -> list[list[int]]:
         """See `Drafter.propose`."""
         before = [(s, s.token_ids, list(s.token_ids)) for s in sequences]
         try:
-            found: list[list[int]] = self._drafter.propose(sequences, limits)
+            found: list[list[int]] = self.inner.propose(sequences, limits)
         finally:
             changed = [item for item in before if item[0].token_ids != item[2]]
             for sequence, held, tokens in changed:
