@@ -105,21 +105,24 @@ def _block(name: str, place: str, block: int, options: argparse.Namespace) -> di
 def _warm_and_load(url: str, options: argparse.Namespace, seed: int) -> dict[str, Any]:
     """One round of as many requests as may run at once goes before the one that counts."""
     if options.wrk:
-        return asyncio.run(_whole(url, options, seed))
+        return _whole(url, options, seed)
     few = argparse.Namespace(**vars(options))
     few.rate, few.requests = None, options.concurrency
     asyncio.run(_load(url, few, seed + 500))
     return asyncio.run(_load(url, options, seed))
 
 
-async def _whole(url: str, options: argparse.Namespace, seed: int) -> dict[str, Any]:
-    draw = random.Random(seed)
-    async with aiohttp.ClientSession(url) as client:
-        model = await _model(client)
+def _whole(url: str, options: argparse.Namespace, seed: int) -> dict[str, Any]:
+    draw, model = random.Random(seed), asyncio.run(_served(url))
     bodies = [_body(model, options, draw) for _ in range(2000)]
     place = url + ("/v1/chat/completions" if options.chat else "/v1/completions")
     wrk_load.load(place, bodies, options.concurrency, WARM_S)
     return wrk_load.load(place, bodies, options.concurrency, round(options.duration))
+
+
+async def _served(url: str) -> str:
+    async with aiohttp.ClientSession(url) as client:
+        return await _model(client)
 
 
 async def _model(client: aiohttp.ClientSession) -> str:

@@ -31,17 +31,20 @@ class Waiting:
     """Watches the threads of a step; one a process, as OpenMP's choice is the process's.
 
     Attributes:
-        brief: whether threads sleep soon.
         team: the thread of the second team, while there is one.
     """
 
     def __init__(self) -> None:
-        self.brief = False
         self._next = 0.0
         self._before: tuple[float, dict[int, int]] | None = None
         self._share = 0.0
         self._leave = threading.Event()
         self.team: threading.Thread | None = None
+
+    @property
+    def brief(self) -> bool:
+        """Whether threads sleep soon."""
+        return self.team is not None
 
     def look(self) -> None:
         """Look at the threads if it is time to, and choose. To be called by the stepping thread."""
@@ -73,7 +76,7 @@ class Waiting:
 
     def _hold(self) -> None:
         """Start a second team, which sleeps."""
-        self.brief, self._leave, ready = True, threading.Event(), threading.Event()
+        self._leave, ready = threading.Event(), threading.Event()
 
         def rest(leave: threading.Event) -> None:
             torch.zeros(1 << 20).add_(1)  # enough elements for a team
@@ -87,11 +90,11 @@ class Waiting:
         ready.wait()
 
     def release(self) -> None:
-        """End the second team: threads spin long again."""
+        """End the second team, if there is one: threads spin long again."""
         self._leave.set()
         if self.team is not None:
             self.team.join()
-        self.brief, self.team = False, None
+            self.team = None
 
 
 def line_delays() -> dict[int, int]:
