@@ -3,7 +3,9 @@
 Inductor decides when it compiles, for the threads of that process and one number of tokens; but an
 artifact serves one token and thousands, on machines with few cores and many. So every loop is
 written to be shared by as many threads as there are at run time (`OPTIONS`), and `gated` adds the
-condition from which number of tokens on it is. Not here: who compiles the source (`builds`).
+condition from which number of tokens on it is. Below it no parallel section is entered at all: one
+thread's section, which is what a false ``if`` clause asks for, still costs libgomp two system calls
+at its barriers. Not here: who compiles the source (`builds`).
 """
 
 from __future__ import annotations
@@ -18,6 +20,18 @@ OPTIONS = {"cpp.threads": 2, "cpp.dynamic_threads": True}
 ENOUGH = 1 << 13  # elements, some 5 to 10 us of one thread, which is what waking another takes
 
 _PARALLEL = "#pragma omp parallel\n"
+# Loops of a section outside of any are run by the thread that meets them.
+_BRANCH = """{{
+    const auto section = [=]()
+{block};
+    if ({condition})
+    {{
+        #pragma omp parallel
+        section();
+    }}
+    else
+        section();
+    }}"""
 _LOOP = re.compile(r"for\(int64_t (\w+)=[^;]*; \1<static_cast<int64_t>\(([^;]*)\); ")
 _FACTOR = re.compile(r"(\d+)L*")
 
@@ -30,13 +44,29 @@ def gated(source: str) -> str:
     head, *sections = source.split(_PARALLEL)
     parts = [head]
     for section in sections:
-        body = section.partition("\nextern ")[0]  # up to the next kernel
-        parts += [_PARALLEL.replace("\n", f"{_condition(body)}\n"), section]
+        end = _end_of_block(section)
+        block, rest = section[:end], section[end:]
+        condition = _condition(block)
+        parts += [_BRANCH.format(block=block, condition=condition), rest] if condition else [
+            _PARALLEL, section,
+        ]  # fmt: skip
     return "".join(parts)
 
 
+def _end_of_block(source: str) -> int:
+    """Where the block that ``source`` begins with ends."""
+    depth = 0
+    for match in re.finditer("[{}]", source):
+        depth += 1 if match[0] == "{" else -1
+        if not depth:
+            return match.end()
+    raise AssertionError("a section has no end")
+
+
 def _condition(section: str) -> str:
-    """The clause for a section, or nothing."""
+    """From which size on a section is shared; nothing if it cannot be told."""
+    if "[tid]" in section:  # each thread has a sum of its own, outside of the section
+        return ""
     sizes: set[str] = set()
     width = 0  # elements for each unit of the size
     for block in section.split("#pragma omp for")[1:]:
@@ -54,4 +84,4 @@ def _condition(section: str) -> str:
         width += math.prod(bounds.values())
     if len(sizes) != 1 or not width:
         return ""
-    return f" if({sizes.pop()} >= {max(2, -(-ENOUGH // width))})"
+    return f"{sizes.pop()} >= {max(2, -(-ENOUGH // width))}"

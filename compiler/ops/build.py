@@ -14,6 +14,7 @@ Two variables of the environment are read, here alone: ``FXLM_CPU_ISA`` (one of 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import fcntl
 import hashlib
 import json
@@ -49,6 +50,7 @@ COMMON = [
     "-DTORCH_TARGET_VERSION=0x020b000000000000",
 ]
 # File -> its own flags. Bindings are torch headers above all: optimizing them costs time alone.
+# The pool implements a class of torch's, which is no part of the stable ABI.
 UNITS = {
     "attention.cpp": ("-O3",),
     "attention_tiles.cpp": ("-O3",),
@@ -57,6 +59,7 @@ UNITS = {
     "sample.cpp": ("-O3", "-ffp-contract=off"),
     "quantized.cpp": ("-O3", "-ffp-contract=off"),
     "quantized_pack.cpp": ("-O3",),
+    "pool.cpp": ("-O2", "-UTORCH_TARGET_VERSION"),
     "bindings.cpp": ("-O1",),
     "bindings_quantized.cpp": ("-O1",),
 }
@@ -139,7 +142,9 @@ def _remedy(error: BuildError | OSError) -> str:
 def _load(isa: str) -> None:
     import torch
 
-    torch.ops.load_library(str(build(isa)))
+    library = str(build(isa))
+    torch.ops.load_library(library)
+    ctypes.CDLL(library).fxlm_pool_tensors()
 
 
 def _is_whole(library: Path) -> bool:
@@ -275,7 +280,7 @@ def _compile(compiler: str, isa: str, work: Path) -> None:
         ]
     )
     link = [compiler, "-shared", *map(str, objects), "-o", str(work / "done" / LIBRARY)]
-    _run_all([[*link, f"-L{torch / 'lib'}", "-ltorch_cpu"]])
+    _run_all([[*link, f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"]])
 
 
 def _run_all(commands: list[list[str]]) -> None:
