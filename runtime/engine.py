@@ -227,6 +227,8 @@ class Engine:
                 result = pending.result()
                 self._flying.popleft()
                 self.commit(plan, result, outputs)
+                if self.speculator is not None:
+                    self.speculator.stop(plan)
         if self.config.check:
             self.scheduler.check()
 
@@ -254,17 +256,12 @@ class Engine:
 
     def launch(self, plan: Plan) -> Pending:
         """Let the worker run a plan."""
-        if self.speculator is not None:
-            self.speculator.start()
         self.batch.fill(plan)
         self.batch.points = self.points.fill(plan)
         if plan.copies:
             self.worker.copy_blocks(plan.copies)
         self._fly(plan, True)
-        pending = self.worker.launch(self.batch)
-        if self.speculator is not None:
-            self.speculator.stop(plan)
-        return pending
+        return self.worker.launch(self.batch)
 
     def _fly(self, plan: Plan, flying: bool) -> None:
         """Note which sequences no other plan may hold; with one plan at a time, nobody asks."""

@@ -1,12 +1,14 @@
 """How many tokens to draft for each sequence: as many as pay, by acceptance and measured cost.
 
-Here: `Lengths`, which keeps both. Not here: drafting (``drafters``), clocks (``speculator``).
+Here: `Lengths`, which keeps both. Not here: drafting (``drafters``), clocks (``speculator``), what
+steps cost (``step_costs``).
 
 A draft of k tokens that are each right with probability a brings a + a**2 + ... + a**k tokens
-more than a plain step. It costs k rounds of the drafter, and k tokens more in the step, whose
-time is taken as ``base + slope * tokens``. The depth is chosen that brings most tokens a second
-over all sequences; a single one goes as deep as a token of its own is worth its time. Where
-nothing pays, nothing is drafted but a short try now and then, ever more seldom.
+more than a plain step. It costs k rounds of the drafter, and what drafts add to the step. The depth
+is chosen that brings most tokens a second over all sequences; a single one goes as deep as a token
+of its own is worth its time. That is a forecast; what steps for which something was drafted made of
+their time is kept as well, and where it is less than plain steps make, or no depth should pay,
+nothing is drafted but a short try now and then, ever more seldom.
 """
 
 from __future__ import annotations
@@ -16,17 +18,18 @@ from dataclasses import dataclass
 from statistics import median
 
 from fxlm.runtime.sequence import Sequence
+from fxlm.runtime.step_costs import StepCosts
 
 DECAY = 0.95  # of what was seen of a sequence, per verification
 PRIOR_TRIALS = 1.0  # the weight of what is seen of all sequences
 FIRST_GUESS = 0.7  # acceptance of a token, before anything is seen
-FIRST_SLOPE = 0.05  # a token more costs this share of a plain step, before that is seen
+FIRST_PROFIT = 0.5  # plain steps gained by a step, before that is seen
+PROFIT_DECAY = 0.9  # of the profit, per step that was drafted for
 PATIENCE = 8  # steps without a draft before the first try
-MOST_PATIENCE = 512
+MOST_PATIENCE = 256
 PROBE = 2  # tokens of a try
-WINDOW = 64  # steps and drafts remembered
-REFRESH = 16  # steps between looks at what they cost
-PLAIN_EVERY = 50  # a step without drafts now and then, if sizes of steps never differ otherwise
+WINDOW = 64  # rounds of the drafter remembered
+PLAIN_EVERY = 50  # a step without drafts now and then, to know what it costs
 
 
 @dataclass(slots=True)
@@ -50,24 +53,34 @@ class Lengths:
     def __init__(self, most: int, *, adaptive: bool = True) -> None:
         self.most = most
         self.adaptive = adaptive
+        self.costs = StepCosts()
         self._records: dict[Sequence, _Record] = {}
         self._all = _Record()
-        self._steps: deque[tuple[int, float]] = deque(maxlen=WINDOW)
+        self._profit = FIRST_PROFIT
+        self._paid = True  # whether drafting paid when that was last looked at
         self._rounds: deque[float] = deque(maxlen=WINDOW)
+        self._round_s = 0.0
         self._since_plain = 0
-        self._age = REFRESH  # steps since the costs were looked at
-        self._costs = 0.0, 0.0, 0.0
 
     # --- what is seen
 
     def note_draft(self, depth: int, seconds: float) -> None:
         """A drafter that was up to date took ``seconds`` for drafts of up to ``depth`` tokens."""
         self._rounds.append(seconds / max(depth, 1))
+        self._round_s = median(self._rounds)
 
-    def note_step(self, num_tokens: int, seconds: float) -> None:
-        """A step of decodes, drafts included, took ``seconds``."""
-        self._steps.append((num_tokens, seconds))
-        self._age += 1
+    def note_step(self, count: int, drafted: int, seconds: float) -> None:
+        """A step of ``count`` decodes and ``drafted`` tokens took ``seconds``, the host's share
+        included and the drafter's not."""
+        self.costs.note(count, drafted, seconds)
+
+    def note_outcome(self, count: int, made: int, seconds: float) -> None:
+        """A step of ``count`` decodes that a drafter was asked for ``made`` tokens in ``seconds``,
+        the drafter's share included."""
+        plain = self.costs.plain(count)
+        if plain > 0.0:
+            gained = max(made / count - seconds / plain, -1.0)  # one that was held up counts once
+            self._profit = PROFIT_DECAY * self._profit + (1.0 - PROFIT_DECAY) * gained
 
     def note_verified(self, sequence: Sequence, num_drafted: int, num_accepted: int) -> None:
         """The first ``num_accepted`` of the tokens drafted for a sequence were right."""
@@ -93,45 +106,52 @@ class Lengths:
 
     # --- what follows
 
+    def rests(self) -> bool:
+        """Whether nothing is drafted for anyone in the next step, without a look at the sequences.
+
+        To be asked once a step; if False, `choose` is.
+        """
+        if not self.adaptive:
+            return False
+        if not self.costs.ready:  # nothing to compare with yet
+            return True
+        self._since_plain += 1
+        if self._since_plain >= PLAIN_EVERY:
+            self._since_plain = 0
+            return True
+        return not _is_due(self._all, self._paid)
+
     def choose(self, sequences: list[Sequence]) -> list[int]:
         """Tokens to draft for each; 0: none."""
         if not self.adaptive:
             return [self.most] * len(sequences)
-        if not self._steps:  # nothing to compare with yet
-            return [0] * len(sequences)
-        if self._is_plain_due():
-            return [0] * len(sequences)
         lengths = self._best([self.acceptance(sequence) for sequence in sequences])
-        paid = any(lengths)
-        if not _is_due(self._all, paid):  # it pays for nobody: a try of all, if at all
-            return lengths
-        if not paid:
-            return [min(PROBE, self.most)] * len(sequences)
+        self._paid = any(lengths) and self._profit > 0.0
+        if not self._paid:  # this is a try of all
+            return lengths if any(lengths) else [min(PROBE, self.most)] * len(sequences)
         for place, (sequence, length) in enumerate(zip(sequences, lengths, strict=True)):
             if _is_due(self._record(sequence), length > 0) and not length:
                 lengths[place] = min(PROBE, self.most)
         return lengths
 
-    def _is_plain_due(self) -> bool:
-        """Whether the cost of a token cannot be told, as all steps were of one size."""
-        self._since_plain += 1
-        due = self._since_plain >= PLAIN_EVERY
-        if due:
-            self._since_plain = 0
-        return due and len({size for size, _ in self._steps}) == 1
-
     def _best(self, acceptances: list[float]) -> list[int]:
-        base, slope, round_s = self._recent_costs()
         count = len(acceptances)
-        plain = count / (base + slope * count)  # tokens a second
-        caps = [self._cap(a, plain * slope) for a in acceptances]
-        best, lengths = plain, [0] * count
+        plain_s = self.costs.plain(count)
+        setup, slope = self.costs.extra
+        best = count / plain_s  # tokens a second
+        lengths = [0] * count
+        caps = [self._cap(a, best * slope) for a in acceptances]
+        gains, chances = [0.0] * count, [1.0] * count
         for depth in range(1, max(caps, default=0) + 1):
-            chosen = [min(depth, cap) for cap in caps]
-            gained = sum(_gain(a, k) for a, k in zip(acceptances, chosen, strict=True))
-            seconds = base + slope * (count + sum(chosen)) + round_s * depth
-            if (count + gained) / seconds > best:
-                best, lengths = (count + gained) / seconds, chosen
+            for place, cap in enumerate(caps):
+                if depth <= cap:
+                    chances[place] *= acceptances[place]
+                    gains[place] += chances[place]
+            drafted = sum(min(depth, cap) for cap in caps)
+            seconds = plain_s + setup + slope * drafted + self._round_s * depth
+            if (count + sum(gains)) / seconds > best:
+                best = (count + sum(gains)) / seconds
+                lengths = [min(depth, cap) for cap in caps]
         return lengths
 
     def _cap(self, acceptance: float, price: float) -> int:
@@ -141,30 +161,6 @@ class Lengths:
             depth += 1
             chance *= acceptance
         return depth
-
-    def _recent_costs(self) -> tuple[float, float, float]:
-        """Seconds: base and slope of a step, and a round of the drafter; not always the latest."""
-        if self._age >= REFRESH or len(self._steps) < REFRESH:
-            self._age = 0
-            self._costs = *self.costs(), median(self._rounds) if self._rounds else 0.0
-        return self._costs
-
-    def costs(self) -> tuple[float, float]:
-        """Seconds of a step: (base, slope); the line through medians of the sizes seen."""
-        by_size: dict[int, list[float]] = {}
-        for size, seconds in self._steps:
-            by_size.setdefault(size, []).append(seconds)
-        points = [(size, median(seen), len(seen)) for size, seen in by_size.items()]
-        total = sum(weight for _, _, weight in points)
-        x = sum(size * weight for size, _, weight in points) / total
-        y = sum(seconds * weight for _, seconds, weight in points) / total
-        if len(points) == 1:
-            base = y / (1.0 + FIRST_SLOPE * x)
-            return base, FIRST_SLOPE * base
-        spread = sum(weight * (size - x) ** 2 for size, _, weight in points)
-        joint = sum(weight * (size - x) * (seconds - y) for size, seconds, weight in points)
-        slope = min(max(joint / spread, 0.0), y / x)  # neither part can be negative
-        return y - slope * x, slope
 
 
 def _is_due(record: _Record, paid: bool) -> bool:
@@ -180,12 +176,3 @@ def _is_due(record: _Record, paid: bool) -> bool:
     record.idle = 0
     record.patience = min(2 * record.patience, MOST_PATIENCE)
     return True
-
-
-def _gain(acceptance: float, length: int) -> float:
-    """Expected tokens that a draft adds."""
-    gained, chance = 0.0, 1.0
-    for _ in range(length):
-        chance *= acceptance
-        gained += chance
-    return gained

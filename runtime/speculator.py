@@ -42,16 +42,30 @@ class Speculator:
         self.lengths = lengths
         self._clock = clock
         self._started = 0.0
+        self._drafting_s = 0.0  # of the step under way: seconds until it was planned, if any
+        self._num_accepted = 0
+        self._was_followed = False  # nobody had to catch up in it
         self._followed: set[Sequence] = set()  # who was drafted for in the last step
 
     def draft(self, scheduler: Scheduler) -> None:
-        """Give every running sequence that is about to draw its drafts; others get none."""
-        ready = []
+        """Give every running sequence that is about to draw its drafts; others get none.
+
+        A step begins here, and `stop` ends it.
+        """
+        self._started = self._clock()
+        self._drafting_s, self._num_accepted = 0.0, 0
         for sequence in scheduler.running:
-            sequence.drafts = []
-            if len(sequence.token_ids) == sequence.num_computed + 1 and not sequence.num_forks:
-                ready.append(sequence)
-        if self.drafter is None or not ready:
+            if sequence.drafts:
+                sequence.drafts = []
+        if self.drafter is None or not scheduler.running or self.lengths.rests():
+            self._followed = set()
+            return
+        ready = [
+            sequence
+            for sequence in scheduler.running
+            if len(sequence.token_ids) == sequence.num_computed + 1 and not sequence.num_forks
+        ]
+        if not ready:
             return
         share = scheduler.draft_budget // len(ready)
         limits = [
@@ -59,9 +73,11 @@ class Speculator:
             for sequence, length in zip(ready, self.lengths.choose(ready), strict=True)
         ]
         asked = [(s, limit) for s, limit in zip(ready, limits, strict=True) if limit > 0]
+        self._was_followed = bool(asked) and all(s in self._followed for s, _ in asked)
         if asked:
             self._propose(asked, scheduler.spec.vocab_size)
         self._followed = {s for s, _ in asked}
+        self._drafting_s = self._clock() - self._started
 
     def _propose(self, asked: list[tuple[Sequence, int]], vocab_size: int) -> None:
         assert self.drafter is not None
@@ -73,7 +89,7 @@ class Speculator:
             self._switch_off(error)
             return
         depth = max(map(len, drafts))
-        if depth and all(s in self._followed for s, _ in asked):  # nobody to catch up with
+        if depth and self._was_followed:
             self.lengths.note_draft(depth, self._clock() - started)
         for (sequence, _), tokens in zip(asked, drafts, strict=True):
             sequence.drafts = tokens
@@ -89,18 +105,20 @@ class Speculator:
 
     # --- what came of it
 
-    def start(self) -> None:
-        """A step begins to run."""
-        self._started = self._clock()
-
-    def stop(self, plan: Plan) -> None:
-        """It ended."""
-        if not plan.chunks:
-            self.lengths.note_step(plan.num_tokens, self._clock() - self._started)
-
     def note(self, sequence: Sequence, num_accepted: int) -> None:
         """``num_accepted`` of the sequence's drafts were right."""
+        self._num_accepted += num_accepted
         self.lengths.note_verified(sequence, len(sequence.drafts), num_accepted)
+
+    def stop(self, plan: Plan) -> None:
+        """A step ended; all of its drafts were noted."""
+        count = len(plan.decodes)
+        if plan.chunks or not count:
+            return
+        seconds = self._clock() - self._started
+        self.lengths.note_step(count, plan.num_tokens - count, seconds - self._drafting_s)
+        if self._drafting_s and self._was_followed:
+            self.lengths.note_outcome(count, count + self._num_accepted, seconds)
 
     def finish(self, sequence: Sequence) -> None:
         """A sequence ended."""

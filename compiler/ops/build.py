@@ -142,9 +142,14 @@ def _remedy(error: BuildError | OSError) -> str:
 def _load(isa: str) -> None:
     import torch
 
-    library = str(build(isa))
-    torch.ops.load_library(library)
-    ctypes.CDLL(library).fxlm_pool_tensors()
+    library = build(isa)
+    torch.ops.load_library(str(library))
+    _pool_tensors(library)
+
+
+def _pool_tensors(library: Path) -> None:
+    """Let torch take tensors on the CPU from the library's pool, from now on."""
+    ctypes.CDLL(str(library)).fxlm_pool_tensors()
 
 
 def _is_whole(library: Path) -> bool:
