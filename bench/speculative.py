@@ -84,21 +84,22 @@ def _parse() -> argparse.Namespace:
 
 
 def _pair(options: argparse.Namespace) -> list[dict[str, object]]:
-    engines = {name: _open(config, options) for name, config in DRAFTERS.items()}
     rows = []
     number = itertools.count()  # nothing is asked twice, so nobody knows an answer
-    for kind in ("answers", "repetitive"):
-        for temperature, batch in itertools.product(TEMPERATURES, options.batch):
+    for batch in options.batch:
+        engines = {name: _open(config, batch, options) for name, config in DRAFTERS.items()}
+        for kind, temperature in itertools.product(("answers", "repetitive"), TEMPERATURES):
             turns = range(options.rounds + 1)
             works = [_work(kind, engines["plain"], number, options.requests) for _ in turns]
             rows += _compare(engines, works, temperature, batch)
     return rows
 
 
-def _open(config: dict[str, Any] | None, options: argparse.Namespace) -> LLM:
+def _open(config: dict[str, Any] | None, batch: int, options: argparse.Namespace) -> LLM:
+    """An engine that runs ``batch`` requests at a time."""
     return LLM(
         "bundled", speculative_config=config, dtype=options.dtype, threads=options.threads,
-        max_num_seqs=8, max_model_len=1024, kv_cache_memory_bytes=128 << 20,
+        max_num_seqs=batch, max_model_len=1024, kv_cache_memory_bytes=128 << 20,
     )  # fmt: skip
 
 
@@ -136,7 +137,7 @@ def _compare(
         wanted: list[list[int]] = []
         for name, llm in engines.items():
             before = _totals(llm.engine)
-            tokens, seconds = _run(llm, work, temperature, batch)
+            tokens, seconds = _run(llm, work, temperature)
             wanted = wanted or tokens
             assert tokens == wanted, f"{name} gave other tokens than plain decoding"
             if turn:
@@ -158,21 +159,18 @@ def _compare(
     return rows
 
 
-def _run(llm: LLM, work: Work, temperature: float, batch: int) -> tuple[list[list[int]], float]:
-    """Complete all prompts, ``batch`` at a time; gives tokens and seconds."""
-    tokens: list[list[int]] = []
+def _run(llm: LLM, work: Work, temperature: float) -> tuple[list[list[int]], float]:
+    """Complete all prompts; gives tokens and seconds."""
+    params = [
+        SamplingParams(
+            temperature=temperature, seed=seed, max_tokens=work.max_tokens,
+            ignore_eos=work.ignore_eos, detokenize=False,
+        )
+        for seed in range(len(work.prompts))
+    ]  # fmt: skip
     started = time.perf_counter()
-    for begin in range(0, len(work.prompts), batch):
-        prompts = work.prompts[begin : begin + batch]
-        params = [
-            SamplingParams(
-                temperature=temperature, seed=begin + i, max_tokens=work.max_tokens,
-                ignore_eos=work.ignore_eos, detokenize=False,
-            )
-            for i in range(len(prompts))
-        ]  # fmt: skip
-        tokens += [o.outputs[0].token_ids for o in llm.generate(prompts, params, use_tqdm=False)]
-    return tokens, time.perf_counter() - started
+    made = llm.generate(work.prompts, params, use_tqdm=False)
+    return [output.outputs[0].token_ids for output in made], time.perf_counter() - started
 
 
 def _totals(engine: Engine) -> tuple[int, int, int]:

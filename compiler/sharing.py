@@ -39,7 +39,7 @@ _FACTOR = re.compile(r"(\d+)L*")
 def gated(source: str) -> str:
     """The C++ source of Inductor's kernels with a condition on each parallel section.
 
-    A section whose length is not a multiple of one size given at run time is left as it is.
+    A section whose length is not a multiple of sizes given at run time is left as it is.
     """
     head, *sections = source.split(_PARALLEL)
     parts = [head]
@@ -67,21 +67,22 @@ def _condition(section: str) -> str:
     """From which size on a section is shared; nothing if it cannot be told."""
     if "[tid]" in section:  # each thread has a sum of its own, outside of the section
         return ""
-    sizes: set[str] = set()
-    width = 0  # elements for each unit of the size
+    found: set[tuple[str, ...]] = set()  # the sizes that the loops of a block multiply
+    width = 0  # elements for each unit of these
     for block in section.split("#pragma omp for")[1:]:
-        bounds: dict[str, int] = {}
+        lengths: dict[str, int] = {}
+        sizes: dict[str, list[str]] = {}
         for variable, bound in _LOOP.findall(block):
-            length = 1
-            for factor in bound.split("*"):
-                if match := _FACTOR.fullmatch(factor):
-                    length *= int(match[1])
-                elif factor.isidentifier():
-                    sizes.add(factor)
-                else:
-                    return ""
-            bounds[variable] = max(length, bounds.get(variable, 0))
-        width += math.prod(bounds.values())
-    if len(sizes) != 1 or not width:
+            factors = bound.split("*")
+            numbers = [int(match[1]) for factor in factors if (match := _FACTOR.fullmatch(factor))]
+            names = [factor for factor in factors if factor.isidentifier()]
+            if len(numbers) + len(names) < len(factors) or sizes.get(variable, names) != names:
+                return ""
+            sizes[variable] = names
+            lengths[variable] = max(math.prod(numbers), lengths.get(variable, 0))
+        width += math.prod(lengths.values())
+        found.add(tuple(sorted(name for names in sizes.values() for name in names)))
+    if len(found) != 1 or not width:
         return ""
-    return f"{sizes.pop()} >= {max(2, -(-ENOUGH // width))}"
+    (names,) = found
+    return f"{'*'.join(names)} >= {max(2, -(-ENOUGH // width))}" if names else ""

@@ -3,9 +3,8 @@
 before:  ids, logprobs, logprob_ids, ranks = fxlm.sample(...)           a row a token to draw
          return ids [R], logprobs [R, L + 1], logprob_ids [R, L + 1], ranks [R]
 after:   wrong = (ids != draft_ids)                  [R] drafted for the same place; -1: nothing
-         seen = cumsum(wrong)
-         goal = seen[draw_start] - wrong[draw_start] + 1
-         num_accepted = searchsorted(seen, goal) - draw_start + 1        [G]
+         kept = arange(1, R + 1) - draw_start[:, None]         [G, R] tokens up to a row
+         num_accepted = min over R of kept, where wrong and kept > 0     [G]
          return ids, logprobs, logprob_ids, ranks, num_accepted
 
 A sequence with k drafted tokens has a group of k + 1 rows, one for each token to draw after its
@@ -17,12 +16,14 @@ probability p(x) that the model gives it, and a correction is drawn from p witho
 sampling (Leviathan et al. 2023) with a proposal that is certain. Beyond that, the very tokens of
 plain decoding with this seed come out.
 
-Plain ops, so it runs wherever the graph does. The searched index is that of the first wrong row at
-or after the start; the last row of a group is always wrong, as -1 is no token.
+Plain ops, so it runs wherever the graph does, and of kinds that are fused into one loop: a step of
+a small model has no time for more. What is kept ends with the first wrong row at or after the
+start; the last row of a group is always wrong, as -1 is no token.
 """
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ from fxlm.compiler.pipeline import graph_pass
 from fxlm.compiler.program import Program
 
 aten = torch.ops.aten
+
+MANY = 1 << 40  # more than there are rows
 
 
 @graph_pass(expects=1, requires="sample", stage="verified")
@@ -46,12 +49,12 @@ def verify(program: Program) -> int:
         return program.call(op, *args, like=ids, **kwargs)
 
     with program.graph.inserting_before(program.output()):
-        differs = call(aten.ne.Tensor, ids, drafts)
-        wrong = call(aten._to_copy.default, differs, dtype=torch.int64)
-        seen = call(aten.cumsum.default, wrong, 0)
-        before = call(aten.sub.Tensor, seen, wrong)
-        goal = call(aten.add.Scalar, call(aten.index_select.default, before, 0, starts), 1)
-        found = call(aten.searchsorted.Tensor, seen, goal)
-        accepted = call(aten.add.Scalar, call(aten.sub.Tensor, found, starts), 1)
+        device = ids.meta["val"].device
+        end = call(operator.add, call(aten.sym_size.int, ids, 0), 1)
+        rows = call(aten.arange.start, 1, end, device=device)
+        kept = call(aten.sub.Tensor, rows, call(aten.unsqueeze.default, starts, 1))
+        wrong = call(aten.ne.Tensor, ids, drafts)
+        last = call(aten.logical_and.default, wrong, call(aten.gt.Scalar, kept, 0))
+        accepted = call(aten.amin.default, call(aten.where.ScalarOther, last, kept, MANY), [1])
     program.set_results([*results, accepted])
     return 1

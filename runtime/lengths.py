@@ -8,7 +8,7 @@ more than a plain step. It costs k rounds of the drafter, and what drafts add to
 is chosen that brings most tokens a second over all sequences; a single one goes as deep as a token
 of its own is worth its time. That is a forecast; what steps for which something was drafted made of
 their time is kept as well, and where it is less than plain steps make, or no depth should pay,
-nothing is drafted but a short try now and then, ever more seldom.
+nothing is drafted but a short try now and then, as often as tries take a hundredth of the time.
 """
 
 from __future__ import annotations
@@ -23,13 +23,20 @@ from fxlm.runtime.step_costs import StepCosts
 DECAY = 0.95  # of what was seen of a sequence, per verification
 PRIOR_TRIALS = 1.0  # the weight of what is seen of all sequences
 FIRST_GUESS = 0.7  # acceptance of a token, before anything is seen
-FIRST_PROFIT = 0.5  # plain steps gained by a step, before that is seen
-PROFIT_DECAY = 0.9  # of the profit, per step that was drafted for
+FIRST_PROFIT = 0.3  # plain steps gained by a step, before that is seen, and at most after a try
+PROFIT_DECAY = 0.98  # of the profit, per step that was drafted for: gains come in bursts
+TRY_DECAY = 0.5  # in a try, which is short
+MOST_LOSS = -4.0  # plain steps, of a step that may have been held up
 PATIENCE = 8  # steps without a draft before the first try
-MOST_PATIENCE = 256
+MOST_PATIENCE = 512
 PROBE = 2  # tokens of a try
+TRY_STEPS = 2  # in the first a draft model catches up
+TRY_SHARE = 0.01  # of the time may be lost by tries
 WINDOW = 64  # rounds of the drafter remembered
+HOLD = 4  # steps that lengths are kept for, while the sequences are the same
 PLAIN_EVERY = 50  # a step without drafts now and then, to know what it costs
+PLAIN_SOON = 5  # as long as it is hardly known
+FEW_PLAIN = 4  # such steps
 
 
 @dataclass(slots=True)
@@ -58,9 +65,15 @@ class Lengths:
         self._all = _Record()
         self._profit = FIRST_PROFIT
         self._paid = True  # whether drafting paid when that was last looked at
+        self._idle = 0  # steps since it did, or since the last try
+        self._patience = PATIENCE
+        self._tried = 0  # steps of the try under way
+        self._lost = 0.0  # plain steps that it took in vain
         self._rounds: deque[float] = deque(maxlen=WINDOW)
         self._round_s = 0.0
         self._since_plain = 0
+        self._chosen: tuple[list[Sequence], list[int]] = [], []
+        self._held = 0  # steps since these were chosen
 
     # --- what is seen
 
@@ -74,13 +87,23 @@ class Lengths:
         included and the drafter's not."""
         self.costs.note(count, drafted, seconds)
 
-    def note_outcome(self, count: int, made: int, seconds: float) -> None:
+    def note_outcome(self, count: int, made: int, seconds: float, *, followed: bool = True) -> None:
         """A step of ``count`` decodes that a drafter was asked for ``made`` tokens in ``seconds``,
-        the drafter's share included."""
+        the drafter's share included.
+
+        It caught up with no text if it ``followed``; a try is not judged by that, but drafting is.
+        """
         plain = self.costs.plain(count)
-        if plain > 0.0:
-            gained = max(made / count - seconds / plain, -1.0)  # one that was held up counts once
-            self._profit = PROFIT_DECAY * self._profit + (1.0 - PROFIT_DECAY) * gained
+        if plain <= 0.0:
+            return
+        gained = made / count - seconds / plain
+        self._lost -= gained
+        if followed or self._paid:
+            decay = PROFIT_DECAY if self._paid else TRY_DECAY
+            gained = max(gained, MOST_LOSS)
+            self._profit = decay * self._profit + (1.0 - decay) * gained
+            if not self._paid:
+                self._profit = min(self._profit, FIRST_PROFIT)
 
     def note_verified(self, sequence: Sequence, num_drafted: int, num_accepted: int) -> None:
         """The first ``num_accepted`` of the tokens drafted for a sequence were right."""
@@ -106,8 +129,8 @@ class Lengths:
 
     # --- what follows
 
-    def rests(self) -> bool:
-        """Whether nothing is drafted for anyone in the next step, without a look at the sequences.
+    def rests(self, count: int) -> bool:
+        """Whether nothing is drafted in the next step, of ``count`` sequences, whoever they are.
 
         To be asked once a step; if False, `choose` is.
         """
@@ -116,19 +139,33 @@ class Lengths:
         if not self.costs.ready:  # nothing to compare with yet
             return True
         self._since_plain += 1
-        if self._since_plain >= PLAIN_EVERY:
+        few = self.costs.num_plain(count) < FEW_PLAIN
+        if self._since_plain >= (PLAIN_SOON if few else PLAIN_EVERY):
             self._since_plain = 0
             return True
-        return not _is_due(self._all, self._paid)
+        if self._paid:
+            return False
+        if self._tried >= TRY_STEPS:
+            most = min(max(self._lost / TRY_SHARE, PATIENCE), MOST_PATIENCE)
+            self._idle, self._patience, self._tried = 0, int(most), 0
+        self._idle += 1
+        return self._idle < self._patience
 
     def choose(self, sequences: list[Sequence]) -> list[int]:
         """Tokens to draft for each; 0: none."""
         if not self.adaptive:
             return [self.most] * len(sequences)
-        lengths = self._best([self.acceptance(sequence) for sequence in sequences])
+        self._held += 1
+        if self._held >= HOLD or self._chosen[0] != sequences:
+            best = self._best([self.acceptance(sequence) for sequence in sequences])
+            self._chosen, self._held = (sequences, best), 0
+        lengths = self._chosen[1].copy()
         self._paid = any(lengths) and self._profit > 0.0
         if not self._paid:  # this is a try of all
+            self._lost = self._lost if self._tried else 0.0
+            self._tried += 1
             return lengths if any(lengths) else [min(PROBE, self.most)] * len(sequences)
+        self._idle, self._patience, self._tried = 0, PATIENCE, 0
         for place, (sequence, length) in enumerate(zip(sequences, lengths, strict=True)):
             if _is_due(self._record(sequence), length > 0) and not length:
                 lengths[place] = min(PROBE, self.most)

@@ -57,7 +57,8 @@ class Speculator:
         for sequence in scheduler.running:
             if sequence.drafts:
                 sequence.drafts = []
-        if self.drafter is None or not scheduler.running or self.lengths.rests():
+        count = len(scheduler.running)
+        if self.drafter is None or not count or self.lengths.rests(count):
             self._followed = set()
             return
         ready = [
@@ -117,8 +118,9 @@ class Speculator:
             return
         seconds = self._clock() - self._started
         self.lengths.note_step(count, plan.num_tokens - count, seconds - self._drafting_s)
-        if self._drafting_s and self._was_followed:
-            self.lengths.note_outcome(count, count + self._num_accepted, seconds)
+        if self._drafting_s:
+            made = count + self._num_accepted
+            self.lengths.note_outcome(count, made, seconds, followed=self._was_followed)
 
     def finish(self, sequence: Sequence) -> None:
         """A sequence ended."""

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from statistics import median
 
 FIRST_SLOPE = 0.05  # a token more costs this share of a step of one, before that is seen
-PLAIN_WINDOW = 16  # steps remembered; they are rare where drafting pays
+PLAIN_WINDOW = 8  # steps remembered of a number of sequences; they are rare where drafting pays
 DRAFTED_WINDOW = 64
 REFRESH = 16  # steps between looks at the medians
 
@@ -24,7 +24,7 @@ class StepCosts:
     """Measured steps, and what others would take."""
 
     def __init__(self) -> None:
-        self._plain: deque[tuple[int, float]] = deque(maxlen=PLAIN_WINDOW)
+        self._plain: dict[int, deque[float]] = {}
         self._drafted: deque[tuple[int, int, float]] = deque(maxlen=DRAFTED_WINDOW)
         self._age = 0
         self._known: dict[int, float] = {}
@@ -36,14 +36,18 @@ class StepCosts:
         """Whether there is anything to compare with."""
         return bool(self._plain)
 
+    def num_plain(self, count: int) -> int:
+        """Steps of ``count`` sequences without drafts that are remembered."""
+        return len(self._plain.get(count, ()))
+
     def note(self, count: int, drafted: int, seconds: float) -> None:
         """A step of ``count`` sequences that verified ``drafted`` tokens took ``seconds``."""
         if drafted:
             self._drafted.append((count, drafted, seconds))
         else:
-            self._plain.append((count, seconds))
+            self._plain.setdefault(count, deque(maxlen=PLAIN_WINDOW)).append(seconds)
         self._age += 1
-        if self._age >= REFRESH or len(self._plain) + len(self._drafted) < REFRESH:
+        if self._age >= REFRESH or self.num_plain(count) < PLAIN_WINDOW:
             self._age = 0
             self._look()
 
@@ -60,7 +64,7 @@ class StepCosts:
     def _look(self) -> None:
         if not self._plain:
             return
-        points = _medians(self._plain)
+        points = [(count, median(seen), len(seen)) for count, seen in self._plain.items()]
         self._known = {count: seconds for count, seconds, _ in points}
         self._line = _line(points)
         found = _medians((drafted, s - self.plain(count)) for count, drafted, s in self._drafted)

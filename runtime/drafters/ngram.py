@@ -1,17 +1,17 @@
 """Prompt lookup: what followed the last few tokens when they stood in this text before.
 
-Saxena 2023, "Prompt Lookup Decoding". Keeps nothing between steps but the text itself.
+Saxena 2023, "Prompt Lookup Decoding". Keeps where each n-gram of the shortest size stands in a
+text, and grows with it: a look costs a few microseconds however long the text is.
 """
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
+from collections import defaultdict
 
 from fxlm.runtime.drafters.base import Drafter
 from fxlm.runtime.sequence import Sequence
 
-START_SIZE = 1024
+MOST_COPIES = 256  # of the shortest n-gram that are looked at, the latest
 
 
 class NgramDrafter(Drafter):
@@ -31,49 +31,55 @@ class NgramDrafter(Drafter):
         """See `Drafter.propose`."""
         found = []
         for sequence, limit in zip(sequences, limits, strict=True):
-            text = self._texts.setdefault(sequence, _Text())
-            found.append(self._look_up(text.update(sequence.token_ids), limit))
+            text = self._texts.get(sequence)
+            if text is None:
+                text = self._texts[sequence] = _Text(self.shortest)
+            text.update(sequence.token_ids)
+            found.append(self._look_up(text, sequence.token_ids, limit))
         return found
 
     def finish(self, sequence: Sequence) -> None:
         """See `Drafter.finish`."""
         self._texts.pop(sequence, None)
 
-    def _look_up(self, tokens: npt.NDArray[np.int64], limit: int) -> list[int]:
+    def _look_up(self, text: _Text, tokens: list[int], limit: int) -> list[int]:
         """What follows the earlier copy of the end of ``tokens``; empty if there is none."""
         last = len(tokens) - 1
-        ends = np.flatnonzero(tokens[:last] == tokens[last])  # where a copy may end
-        best = 0
-        for size in range(1, self.longest + 1):
-            if size > 1:
-                ends = ends[ends >= size - 1]
-                ends = ends[tokens[ends - (size - 1)] == tokens[last - (size - 1)]]
-            if not len(ends):
-                break
-            if size >= self.shortest:
-                best = int(ends[-1]) + 1
+        best, follows = 0, 0
+        for end in text.copies(tokens):
+            size = self.shortest
+            while size < min(self.longest, end + 1) and tokens[end - size] == tokens[last - size]:
+                size += 1
+            if size > best:
+                best, follows = size, end + 1
+                if size == self.longest:
+                    break
         if not best:
             return []
-        period = last + 1 - best  # a copy that runs into the end goes on with itself
-        places = best + np.arange(limit) % period
-        found: list[int] = tokens[places].tolist()
+        found = tokens[follows : follows + limit]
+        period = len(found)  # a copy that runs into the end goes on with itself
+        while len(found) < limit:
+            found.append(found[len(found) - period])
         return found
 
 
 class _Text:
-    """The tokens of a sequence as an array that grows."""
+    """Where the n-grams of one size end in a text that grows."""
 
-    def __init__(self) -> None:
-        self._tokens: npt.NDArray[np.int64] = np.zeros(START_SIZE, np.int64)
-        self._size = 0
-
-    def update(self, token_ids: list[int]) -> npt.NDArray[np.int64]:
-        """Add the tokens that are new; gives all of them."""
-        size = len(token_ids)
-        if size > len(self._tokens):
-            grown = np.zeros(2 * size, np.int64)
-            grown[: self._size] = self._tokens[: self._size]
-            self._tokens = grown
-        self._tokens[self._size : size] = token_ids[self._size :]
+    def __init__(self, size: int) -> None:
         self._size = size
-        return self._tokens[:size]
+        self._ends: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
+        self._length = 0
+
+    def update(self, tokens: list[int]) -> None:
+        """Add the tokens that are new."""
+        size = self._size
+        for end in range(max(self._length, size - 1), len(tokens)):
+            self._ends[tuple(tokens[end - size + 1 : end + 1])].append(end)
+        self._length = len(tokens)
+
+    def copies(self, tokens: list[int]) -> list[int]:
+        """Ends of the earlier copies of the last n-gram, the latest first, not too many."""
+        if len(tokens) < self._size:
+            return []
+        return self._ends[tuple(tokens[-self._size :])][-2 : -2 - MOST_COPIES : -1]

@@ -52,7 +52,12 @@ def test_a_length_that_is_not_understood_is_left_alone(bound: str) -> None:
     assert gated(source) == source
 
 
-def test_lengths_of_two_kinds_are_left_alone() -> None:
+def test_loops_over_two_sizes_count_their_product() -> None:
+    square = ROWS.replace("1024L", "ks1").replace("1000L", "ks1")
+    assert _conditions(gated(square)) == [f"ks0*ks1 >= {ENOUGH}"]
+
+
+def test_one_loop_of_two_lengths_is_left_alone() -> None:
     source = ROWS.replace("1024L", "ks1")
     assert gated(source) == source
 

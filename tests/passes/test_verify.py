@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -31,12 +32,12 @@ def accepted(program: Program, drawn: list[int], drafts: list[int], starts: list
         "draw_start": torch.tensor(starts),
     }
     ids = program.output().args[0][0]  # type: ignore[index]
-    known: dict[torch.fx.Node, torch.Tensor] = {ids: torch.tensor(drawn)}
+    known: dict[torch.fx.Node, Any] = {ids: torch.tensor(drawn)}
     for name, value in values.items():
         known[program.find_step_input(name)] = value
     for node in program.graph.nodes:
         if node not in known and node.all_input_nodes and set(node.all_input_nodes) <= set(known):
-            args = torch.fx.map_arg(node.args, known.__getitem__)
+            args = torch.fx.map_arg(node.args, lambda n: known[n])
             known[node] = node.target(*args, **node.kwargs) if callable(node.target) else args[0]
     found: list[int] = known[program.output().args[0][4]].tolist()  # type: ignore[index]
     return found
