@@ -84,5 +84,5 @@ def _condition(section: str) -> str:
         found.add(tuple(sorted(name for names in sizes.values() for name in names)))
     if len(found) != 1 or not width:
         return ""
-    (names,) = found
-    return f"{'*'.join(names)} >= {max(2, -(-ENOUGH // width))}" if names else ""
+    size = "*".join(*found)
+    return f"{size} >= {max(2, -(-ENOUGH // width))}" if size else ""

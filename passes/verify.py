@@ -45,7 +45,7 @@ def verify(program: Program) -> int:
     drafts = program.step_input("draft_ids", ["R"], torch.int64)
     starts = program.step_input("draw_start", ["G"], torch.int64)
 
-    def call(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> fx.Node:
+    def call(op: Any, *args: Any, **kwargs: Any) -> fx.Node:
         return program.call(op, *args, like=ids, **kwargs)
 
     with program.graph.inserting_before(program.output()):
