@@ -33,7 +33,8 @@ def main() -> None:
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        print(json.dumps(_child(*options.child, options)))
+        model, kind = options.child
+        print(json.dumps(_child(model, kind, options)))
         return
     rows = []
     for model in options.models:
