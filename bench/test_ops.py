@@ -2,7 +2,7 @@
 
 Each op runs on the sizes of one layer of Llama-3.2-1B, over copies of its weight that together
 exceed the caches. pytest-benchmark compares runs (``--benchmark-autosave``,
-``--benchmark-compare``); what is claimed in docs/performance.md comes from ``ops.py``, whose
+``--benchmark-compare``); what is claimed in docs/measurements.md comes from ``ops.py``, whose
 sides take turns in one run.
 """
 

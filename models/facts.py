@@ -82,6 +82,11 @@ def num_heads(config: Mapping[str, Any]) -> int | None:
     return _find(text_config(config), "num_attention_heads")
 
 
+def vocab_size(config: Mapping[str, Any]) -> int | None:
+    """Logits a token by a raw config; None if it leaves them to its class."""
+    return _find(text_config(config), "vocab_size")
+
+
 def facts(source: Any) -> ModelFacts:
     """Read the facts of a raw config dict, a config object, or a model that has one.
 

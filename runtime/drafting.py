@@ -1,6 +1,6 @@
 """From options to a speculator: the drafter that a config asks for.
 
-Here: `compile_draft`, `make_speculator`. Not here: drafters (``drafters``), their memory
+Here: `check_draft`, `compile_draft`, `make_speculator`. Not here: drafters (``drafters``), their memory
 (``memory``).
 """
 
@@ -10,7 +10,8 @@ from dataclasses import replace
 
 from fxlm.compiler.artifact import Artifact
 from fxlm.compiler.errors import InvalidOption
-from fxlm.runtime.compile import Compilation, Report, compile_for
+from fxlm.models.facts import vocab_size
+from fxlm.runtime.compile import Compilation, Report, compile_for, open_for
 from fxlm.runtime.drafters.base import Drafter
 from fxlm.runtime.drafters.custom import FIELD, custom_drafter
 from fxlm.runtime.drafters.draft_model import ModelDrafter
@@ -44,6 +45,18 @@ def draft_options(options: EngineOptions) -> EngineOptions | None:
     )
 
 
+def check_draft(options: EngineOptions) -> None:
+    """Refuse a draft model of other tokens before anything is compiled, if the configs tell.
+
+    Raises:
+        InvalidOption: its tokens are not the target's.
+    """
+    own = draft_options(options)
+    if own is not None:
+        sizes = [vocab_size(open_for(each).config) for each in (options, own)]
+        _require_same(options, own, *sizes)
+
+
 def compile_draft(
     options: EngineOptions, target: Artifact, report: Report | None = None
 ) -> Compilation | None:
@@ -57,13 +70,21 @@ def compile_draft(
         return None
     compilation = compile_for(own, report=report)
     sizes = [int(a.manifest["model"]["vocab_size"]) for a in (target, compilation.artifact)]
-    if sizes[0] != sizes[1]:
-        raise InvalidOption(
-            FIELD, own.model,
-            f"it has a vocabulary of {sizes[1]} tokens and {options.model} one of {sizes[0]}: "
-            "a draft model needs the target's tokenizer",
-        )  # fmt: skip
+    _require_same(options, own, *sizes)
     return compilation
+
+
+def _require_same(
+    options: EngineOptions, own: EngineOptions, target: int | None, draft: int | None
+) -> None:
+    """Compare the sizes of the vocabularies, as far as they are known."""
+    if target is None or draft is None or target == draft:
+        return
+    raise InvalidOption(
+        FIELD, own.model,
+        f"it has a vocabulary of {draft} tokens and {options.model} one of {target}: "
+        "a draft model needs the target's tokenizer",
+    )  # fmt: skip
 
 
 def make_speculator(

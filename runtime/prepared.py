@@ -4,7 +4,7 @@ The load graph's results are written to one safetensors file beside the artifact
 digest of what decides them: the checkpoint's files, the load graph, the ops that it calls. The
 next start maps the file: nothing is packed, nothing is copied, and processes share its pages. A
 mapped file is decoded from as fast as memory of large pages, and is there in a fraction of the
-time that reading takes (docs/performance.md has the figures).
+time that reading takes (docs/measurements.md has the figures).
 
 A note beside the file holds its size, its time of modification and a checksum of each tensor. A
 file that has been touched or moved since is read whole and held against the checksums, once; one

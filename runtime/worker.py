@@ -21,7 +21,7 @@ from fxlm.compiler.step import Step
 from fxlm.runtime import machine, prepared
 from fxlm.runtime.batch import Batch
 from fxlm.runtime.compile import Compilation, Report
-from fxlm.runtime.drafting import compile_draft, make_speculator
+from fxlm.runtime.drafting import check_draft, compile_draft, make_speculator
 from fxlm.runtime.engine import Engine, EngineConfig
 from fxlm.runtime.memory import MemoryPlan, plan_memory
 from fxlm.runtime.options import EngineOptions
@@ -177,6 +177,7 @@ def build_engine(
 
         return build_parallel(options, report)
     set_threads(options.threads)
+    check_draft(options)
     compilation, background = first_tier(options, report)
     draft = compile_draft(options, compilation.artifact, report)
     plan = plan_memory(compilation.artifact, options, draft.artifact if draft else None)

@@ -14,6 +14,8 @@ from fxlm import LLM, SamplingParams
 from fxlm.compiler.errors import InvalidOption
 from fxlm.models.tiny import write_checkpoint
 from fxlm.runtime.check import reference_model
+from fxlm.runtime.drafting import check_draft
+from fxlm.runtime.options import from_mapping
 from tests.compiler.ops.cases import Row
 from tests.compiler.ops.test_sample import filtered
 
@@ -190,6 +192,12 @@ def joint(model: str, row: Row, length: int) -> dict[tuple[int, ...], float]:
 def test_a_draft_with_another_vocabulary_is_refused(pair: tuple[str, str]) -> None:
     with pytest.raises(InvalidOption, match=r"a vocabulary of 4096 tokens and .* one of 8"):
         make(DRAFTERS["draft_model"], pair[0], skip_tokenizer_init=True)
+
+
+def test_another_vocabulary_is_refused_before_anything_is_compiled(pair: tuple[str, str]) -> None:
+    given = {"model": pair[0], "speculative_config": DRAFTERS["draft_model"]}
+    with pytest.raises(InvalidOption, match=r"a vocabulary of 4096 tokens and .* one of 8"):
+        check_draft(from_mapping(given))
 
 
 def test_the_plan_holds_both_models() -> None:

@@ -33,6 +33,13 @@ inline int64_t output_at(int64_t panel, int64_t place, int64_t outputs, bool gat
 
 namespace {
 
+// The first `count` of `bias` are added, if there is one.
+template <class T>
+vf plus_bias(vf value, const T* bias, int count) {
+  if (bias == nullptr) return value;
+  return value + (count == W ? load(bias) : load_part(bias, count));
+}
+
 inline vf apply(Function function, vf x) {
   switch (function) {
     case Function::none:

@@ -59,14 +59,6 @@ inline void stream_part(Bf16* out, vf value) {
 }
 #endif
 
-template <class T>
-vf with_bias(const PackedLinear& args, const float* sums, int64_t output, int count) {
-  const vf value = load(sums);
-  if (args.bias == nullptr) return value;
-  const T* bias = static_cast<const T*>(args.bias) + output;
-  return value + (count == W ? load(bias) : load_part(bias, count));
-}
-
 // Sums [width] of one row, from column `column` of the result on, and of their factors, if gated
 // -> out, by way of the function; of many rows, whole lines past the caches. Not inlined: the same
 // bits whoever calls, and no registers saved between the stores, which would wait behind them.
@@ -77,13 +69,15 @@ __attribute__((noinline)) void finish_activated(const PackedLinear& args, const 
   const int64_t columns = args.epilogue.columns(args.outputs);
   const int last = int(std::min(width, columns - column));
   T* out = static_cast<T*>(args.out) + row * columns + column;
+  const T* bias = args.bias ? static_cast<const T*>(args.bias) + column : nullptr;
+  const T* others = factors && bias ? bias + columns : nullptr;
   const bool stream = many && last % 32 == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
   for (int i = 0; i < last; i += W) {
     const int count = std::min(W, last - i);
-    vf value = with_bias<T>(args, sums + i, column + i, count);
+    vf value = plus_bias(load(sums + i), bias ? bias + i : bias, count);
     value = apply(args.epilogue.function, value);
     if (factors)
-      value = value * with_bias<T>(args, factors + i, args.outputs / 2 + column + i, count);
+      value = value * plus_bias(load(factors + i), others ? others + i : others, count);
     if (stream)
       stream_part(out + i, value);
     else if (count == W)

@@ -11,13 +11,6 @@
 namespace fxlm {
 namespace {
 
-template <class T>
-vf scaled(const float* sums, float row_scale, const T* bias, int count) {
-  const vf value = load(sums) * row_scale;
-  if (bias == nullptr) return value;
-  return value + (count == W ? load(bias) : load_part(bias, count));
-}
-
 // Sums [count][kPanel] of rows from `first` on -> out. Plain: neither function nor gate.
 template <class T, bool kPlain>
 void write(const QuantizedLinear& args, const float* sums, const float* row_scale, int64_t panel,
@@ -31,11 +24,11 @@ void write(const QuantizedLinear& args, const float* sums, const float* row_scal
     T* out = static_cast<T*>(args.out) + row * columns + column;
     for (int i = 0; i < last; i += W) {
       const int part = std::min(W, last - i);
-      vf value = scaled(sums + i, row_scale[row], bias ? bias + i : bias, part);
+      vf value = plus_bias(load(sums + i) * row_scale[row], bias ? bias + i : bias, part);
       if (!kPlain) value = apply(args.epilogue.function, value);
       if (gated)
-        value = value * scaled(sums + kPanelPairs + i, row_scale[row],
-                               bias ? bias + columns + i : bias, part);
+        value = value * plus_bias(load(sums + kPanelPairs + i) * row_scale[row],
+                                  bias ? bias + columns + i : bias, part);
       if (part == W)
         store(out + i, value);
       else
