@@ -86,6 +86,8 @@ class Lengths:
         """A step of ``count`` decodes and ``drafted`` tokens took ``seconds``, the host's share
         included and the drafter's not."""
         self.costs.note(count, drafted, seconds)
+        if not drafted:
+            self._since_plain = 0
 
     def note_outcome(self, count: int, made: int, seconds: float, *, followed: bool = True) -> None:
         """A step of ``count`` decodes that a drafter was asked for ``made`` tokens in ``seconds``,
@@ -115,6 +117,7 @@ class Lengths:
     def finish(self, sequence: Sequence) -> None:
         """A sequence ended."""
         self._records.pop(sequence, None)
+        self._chosen = [], []
 
     def acceptance(self, sequence: Sequence) -> float:
         """Probability that a token drafted for it is right, if those before it were."""
@@ -141,8 +144,7 @@ class Lengths:
         self._since_plain += 1
         few = self.costs.num_plain(count) < FEW_PLAIN
         if self._since_plain >= (PLAIN_SOON if few else PLAIN_EVERY):
-            self._since_plain = 0
-            return True
+            return True  # until there is one: steps with prompts in them tell nothing
         if self._paid:
             return False
         if self._tried >= TRY_STEPS:
