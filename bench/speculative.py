@@ -1,13 +1,14 @@
 """Speculative decoding: what is accepted, what it gains, what a verification costs.
 
-    python bench/speculative.py pair [--rounds 5] [--batch 1 4]
+    python bench/speculative.py pair [MODEL] [--rounds 5] [--batch 1 4]
     python bench/speculative.py verify MODEL [--drafts 1 2 4 8]
 
-``pair``: tokens/s of the bundled model with its draft, n-grams and suffixes against plain
-decoding, on held-out tasks in chat form and on repetitive text, greedy and at temperature 1. The
-engines take turns on the same requests in one process, and every output is compared with plain
-decoding's. ``verify``: time of a step that verifies k drafts at batch 1 against a plain step, in
-turns in one engine; drafts are random, so none is accepted.
+``pair``: tokens/s of the bundled model (or of the same at the size of a real one, `make_wide`) with
+its draft, n-grams and suffixes against plain decoding, on held-out tasks in chat form and on
+repetitive text, greedy and at temperature 1. The engines take turns on the same requests in one
+process, and every output is compared with plain decoding's. ``verify``: time of a step that
+verifies k drafts at batch 1 against a plain step, in turns in one engine; drafts are random, so
+none is accepted.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def _pair(options: argparse.Namespace) -> list[dict[str, object]]:
 def _open(config: dict[str, Any] | None, batch: int, options: argparse.Namespace) -> LLM:
     """An engine that runs ``batch`` requests at a time."""
     return LLM(
-        "bundled", speculative_config=config, dtype=options.dtype, threads=options.threads,
+        options.model, speculative_config=config, dtype=options.dtype, threads=options.threads,
         max_num_seqs=batch, max_model_len=1024, kv_cache_memory_bytes=128 << 20,
     )  # fmt: skip
 

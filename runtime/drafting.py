@@ -1,7 +1,7 @@
 """From options to a speculator: the drafter that a config asks for.
 
-Here: `check_draft`, `compile_draft`, `make_speculator`. Not here: drafters (``drafters``), their memory
-(``memory``).
+Here: `check_draft`, `compile_draft`, `make_speculator`. Not here: drafters (``drafters``), their
+memory (``memory``).
 """
 
 from __future__ import annotations
@@ -88,7 +88,11 @@ def _require_same(
 
 
 def make_speculator(
-    config: SpeculativeConfig, spec: WorkerSpec, draft: Worker | None = None
+    config: SpeculativeConfig,
+    spec: WorkerSpec,
+    draft: Worker | None = None,
+    *,
+    enable_prefix_caching: bool = True,
 ) -> Speculator:
     """The speculator of an engine.
 
@@ -96,12 +100,15 @@ def make_speculator(
         config: what to draft with.
         spec: of the target's worker.
         draft: worker of the draft model, if one drafts.
+        enable_prefix_caching: of the draft model's cache.
     """
     lengths = Lengths(config.most, adaptive=config.adaptive)
-    return Speculator(_drafter(config, spec, draft), lengths)
+    return Speculator(_drafter(config, spec, draft, enable_prefix_caching), lengths)
 
 
-def _drafter(config: SpeculativeConfig, spec: WorkerSpec, draft: Worker | None) -> Drafter:
+def _drafter(
+    config: SpeculativeConfig, spec: WorkerSpec, draft: Worker | None, caching: bool
+) -> Drafter:
     match config.kind:
         case "ngram":
             return NgramDrafter(*config.lookup)
@@ -116,4 +123,4 @@ def _drafter(config: SpeculativeConfig, spec: WorkerSpec, draft: Worker | None) 
             return custom_drafter(config, spec)
         case "draft_model":
             assert draft is not None, config
-            return ModelDrafter(draft)
+            return ModelDrafter(draft, enable_prefix_caching=caching)

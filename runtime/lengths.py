@@ -98,11 +98,10 @@ class Lengths:
         plain = self.costs.plain(count)
         if plain <= 0.0:
             return
-        gained = made / count - seconds / plain
+        gained = max(made / count - seconds / plain, MOST_LOSS)
         self._lost -= gained
         if followed or self._paid:
             decay = PROFIT_DECAY if self._paid else TRY_DECAY
-            gained = max(gained, MOST_LOSS)
             self._profit = decay * self._profit + (1.0 - decay) * gained
             if not self._paid:
                 self._profit = min(self._profit, FIRST_PROFIT)
@@ -162,9 +161,14 @@ class Lengths:
             best = self._best([self.acceptance(sequence) for sequence in sequences])
             self._chosen, self._held = (sequences, best), 0
         lengths = self._chosen[1].copy()
-        self._paid = any(lengths) and self._profit > 0.0
+        paid, self._paid = self._paid, any(lengths) and self._profit > 0.0
+        if paid and not self._paid:  # what plain steps cost is looked at before the first try
+            self._idle, self._patience, self._tried = 0, PATIENCE, 0
+            return [0] * len(sequences)
         if not self._paid:  # this is a try of all
-            self._lost = self._lost if self._tried else 0.0
+            if not self._tried:
+                self._lost = 0.0
+                self.costs.look()
             self._tried += 1
             return lengths if any(lengths) else [min(PROBE, self.most)] * len(sequences)
         self._idle, self._patience, self._tried = 0, PATIENCE, 0

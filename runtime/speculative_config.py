@@ -6,6 +6,7 @@ Here: the keys of ``--speculative-config``, their check and their defaults. Not 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NoReturn, get_args
@@ -88,8 +89,8 @@ class SpeculativeConfig:
             ("suffix_decoding_min_token_prob", 0, 1),
         ):
             value = getattr(self, name)
-            if value < low or (high is not None and value > high):
-                bound = f"must be at least {low}"
+            if not low <= value < math.inf or (high is not None and value > high):
+                bound = f"must be finite and at least {low}"
                 _refuse(name, value, bound if high is None else f"{bound} and at most {high}")
 
     @property

@@ -68,10 +68,12 @@ class Speculator:
         ]
         if not ready:
             return
-        share = scheduler.draft_budget // len(ready)
+        share, more = divmod(scheduler.draft_budget, len(ready))
         limits = [
-            min(length, share, sequence.max_total - len(sequence.token_ids) - 1)
-            for sequence, length in zip(ready, self.lengths.choose(ready), strict=True)
+            min(length, share + (place < more), sequence.max_total - len(sequence.token_ids) - 1)
+            for place, (sequence, length) in enumerate(
+                zip(ready, self.lengths.choose(ready), strict=True)
+            )
         ]
         asked = [(s, limit) for s, limit in zip(ready, limits, strict=True) if limit > 0]
         self._was_followed = bool(asked) and all(s in self._followed for s, _ in asked)
@@ -86,7 +88,9 @@ class Speculator:
         try:
             found = self.drafter.propose([s for s, _ in asked], [limit for _, limit in asked])
             drafts = _checked(found, asked, vocab_size)
-        except (Exception, SystemExit) as error:  # whatever a drafter, a user's perhaps, raises
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # whatever a drafter, a user's perhaps, raises
             self._switch_off(error)
             return
         depth = max(map(len, drafts))
@@ -128,7 +132,9 @@ class Speculator:
         try:
             if self.drafter is not None:
                 self.drafter.finish(sequence)
-        except (Exception, SystemExit) as error:  # as above
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # as above
             self._switch_off(error)
 
 

@@ -49,7 +49,7 @@ class StepCosts:
         self._age += 1
         if self._age >= REFRESH or self.num_plain(count) < PLAIN_WINDOW:
             self._age = 0
-            self._look()
+            self.look()
 
     def plain(self, count: int) -> float:
         """Seconds of a step of ``count`` sequences without drafts."""
@@ -61,7 +61,8 @@ class StepCosts:
         """Seconds that drafts add to a step: in any case, and each token."""
         return self._extra
 
-    def _look(self) -> None:
+    def look(self) -> None:
+        """Take the medians anew, which is done now and then without being asked."""
         if not self._plain:
             return
         points = [(count, median(seen), len(seen)) for count, seen in self._plain.items()]

@@ -191,7 +191,10 @@ def build_engine(
             assert plan.draft_spec is not None
             drafted, _ = load_prepared(draft, options)
             drafting = ModelWorker(draft.artifact, drafted, plan.draft_spec)
-        speculator = make_speculator(options.speculative_config, plan.spec, drafting)
+        speculator = make_speculator(
+            options.speculative_config, plan.spec, drafting,
+            enable_prefix_caching=options.enable_prefix_caching,
+        )  # fmt: skip
     if report is not None:
         report("load weights", time.perf_counter() - started)
         _log.info("weights: %s", origin)

@@ -53,12 +53,13 @@ class ModelDrafter(Drafter):
 
     Args:
         worker: of the draft model; its tokens are the target's.
+        enable_prefix_caching: reuse the blocks of equal prefixes.
     """
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Worker, *, enable_prefix_caching: bool = True) -> None:
         self.worker = worker
         self.spec = worker.spec
-        self.scheduler = Scheduler(self.spec)
+        self.scheduler = Scheduler(self.spec, enable_prefix_caching=enable_prefix_caching)
         self.batch = Batch(self.spec)
         self._shadows: dict[Sequence, _Shadow] = {}
 
@@ -144,6 +145,7 @@ class ModelDrafter(Drafter):
         if own.adjust is not None:
             own.adjust.rewind(own.token_ids[right : own.adjust.num_seen])
         own.token_ids[right:] = token_ids[right:]
+        del own.digests[right // self.spec.block_size :]  # of guesses that were wrong
         own.num_computed = min(own.num_computed, right, len(token_ids) - 1)
         shadow.known = len(token_ids)
         self.scheduler.trim(own)
@@ -151,7 +153,10 @@ class ModelDrafter(Drafter):
     def _settle(self, shadow: _Shadow) -> None:
         """After guessing: drop a token that was not run, index what the target accepted."""
         own = shadow.sequence
-        del own.token_ids[max(own.num_computed, shadow.known) :]
+        kept = max(own.num_computed, shadow.known)
+        if own.adjust is not None:  # of a preempted one, guesses that were counted go as well
+            own.adjust.rewind(own.token_ids[kept : own.adjust.num_seen])
+        del own.token_ids[kept:]
         end = min(own.num_computed, shadow.known)
         self.scheduler.commit_blocks(own, min(shadow.indexed, end), end)  # less: it was preempted
         shadow.indexed = end

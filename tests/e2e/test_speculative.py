@@ -14,6 +14,7 @@ from fxlm import LLM, SamplingParams
 from fxlm.compiler.errors import InvalidOption
 from fxlm.models.tiny import write_checkpoint
 from fxlm.runtime.check import reference_model
+from fxlm.runtime.drafters.draft_model import ModelDrafter
 from fxlm.runtime.drafting import check_draft
 from fxlm.runtime.options import from_mapping
 from tests.compiler.ops.cases import Row
@@ -105,6 +106,35 @@ def test_outputs_equal_plain_decoding(
     assert (stats.num_preemptions > 0) == (sizes is TIGHT)
     assert llm.engine.speculator is not None
     assert llm.engine.speculator.drafter is not None
+
+
+def test_a_draft_that_is_short_of_blocks_keeps_its_counts() -> None:
+    """Guesses of a preempted sequence are taken back from what penalties count."""
+    llm = LLM(
+        "bundled", dtype="float32", enforce_eager=True, max_model_len=320, threads=1,
+        max_num_seqs=8, kv_cache_memory_bytes=2_600_000,
+        speculative_config={**DRAFTERS["draft_model"], "num_speculative_tokens": 16,
+                            "adaptive": False},
+    )  # fmt: skip
+    speculator = llm.engine.speculator
+    assert speculator is not None
+    drafter = speculator.drafter
+    assert isinstance(drafter, ModelDrafter)
+    preempted: list[Any] = []
+    preempt = drafter.scheduler._preempt
+    drafter.scheduler._preempt = lambda plan, s: preempted.append(s) or preempt(plan, s)  # type: ignore[method-assign, func-returns-value]
+    params = SamplingParams(temperature=0, max_tokens=150, ignore_eos=True, repetition_penalty=1.2)
+    llm.generate([f"# {i}\ndef add(a, b):" for i in range(8)], params, use_tqdm=False)
+    assert preempted
+    assert speculator.drafter is drafter, "it was switched off"
+
+
+def test_prefix_caching_is_off_for_the_draft_as_well() -> None:
+    llm = make(DRAFTERS["draft_model"], enable_prefix_caching=False)
+    assert llm.engine.speculator is not None
+    drafter = llm.engine.speculator.drafter
+    assert isinstance(drafter, ModelDrafter)
+    assert not drafter.scheduler.pool.enable_caching
 
 
 @pytest.mark.parametrize("model_type", ["gemma2", "mixtral", "gpt2", "qwen3"])

@@ -122,6 +122,13 @@ def test_what_the_forecast_does_not_know_ends_drafting_all_the_same() -> None:
     assert sum(late) / len(late) < 0.05
 
 
+def test_a_slower_machine_does_not_end_drafting_that_pays() -> None:
+    lengths, given = Lengths(4), sequences(2)
+    simulate(lengths, given, lambda i, k: k // 2)
+    history = simulate(lengths, given, lambda i, k: k // 2, base=5.0, slope=0.1)
+    assert sum(max(chosen) > 0 for chosen in history[150:]) > 100
+
+
 def test_what_ended_is_forgotten() -> None:
     lengths, given = Lengths(4), sequences(2)
     simulate(lengths, given, lambda i, k: k, steps=5)

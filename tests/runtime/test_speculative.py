@@ -1,5 +1,6 @@
 """Drafts over the fake model: the same tokens in fewer steps, whatever else goes on."""
 
+import asyncio
 import itertools
 import logging
 import sys
@@ -185,12 +186,14 @@ class Broken(Drafter):
             raise KeyError("mine")
         if self.how == "exit":
             sys.exit(3)
+        if self.how == "cancel":  # no Exception
+            raise asyncio.CancelledError
         return {"few": [], "outside": [[999]], "text": [["x"]], "none": [None], "digit": [["3"]],
                 "float": [[3.5]]}[self.how]  # type: ignore[return-value]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "how", ["raise", "exit", "few", "outside", "text", "none", "digit", "float"]
+    "how", ["raise", "exit", "cancel", "few", "outside", "text", "none", "digit", "float"]
 )
 def test_a_bad_drafter_is_switched_off_and_requests_go_on(
     how: str, caplog: pytest.LogCaptureFixture

@@ -1,5 +1,6 @@
 """--speculative-config: vLLM's keys, and errors that name theirs."""
 
+import math
 from typing import Any
 
 import pytest
@@ -45,6 +46,8 @@ def test_what_is_left_out_is_resolved() -> None:
         ({"method": "ngram", "prompt_lookup_min": 7, "prompt_lookup_max": 3}, "use 1 to 3"),
         ({"method": "suffix", "suffix_decoding_min_token_prob": 1.5}, "at most 1"),
         ({"method": "suffix", "suffix_decoding_max_tree_depth": 1}, "at least 2"),
+        ({"method": "suffix", "suffix_decoding_max_spec_factor": math.inf}, "finite"),
+        ({"method": "suffix", "suffix_decoding_max_spec_factor": math.nan}, "finite"),
         ({"model": "x", "max_model_len": 1}, "at least 2"),
         ("{method: ngram}", "it is no JSON"),
         ("[1]", "give an object"),

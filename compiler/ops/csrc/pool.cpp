@@ -13,6 +13,7 @@ namespace {
 constexpr size_t kLine = 64;          // alignment, and the header before each block
 constexpr size_t kLargest = 1 << 20;  // bytes of a block that is kept
 constexpr size_t kKept = 8 << 20;     // bytes a thread keeps, headers aside
+constexpr size_t kMost = SIZE_MAX / 2;  // beyond are negative sizes
 constexpr int kClasses = 52;          // 64 to 320, then four sizes a power of two
 constexpr int kLarge = -1;
 
@@ -107,6 +108,7 @@ class Pool final : public c10::Allocator {
     if (bytes) {
       Block* block = bytes <= kLargest ? block_of(bytes) : nullptr;
       if (!block) {  // torch's allocator also words the error where there is no memory
+        if (bytes > kMost) c10::GetDefaultCPUAllocator()->raw_allocate(bytes);
         block = static_cast<Block*>(c10::GetDefaultCPUAllocator()->raw_allocate(kLine + bytes));
         block->size_class = kLarge;
       }

@@ -68,3 +68,8 @@ def test_storage_grows_with_what_it_holds() -> None:
 def test_too_much_memory_is_an_error_of_torchs() -> None:
     with pytest.raises(RuntimeError, match="can't allocate memory"):
         torch.empty(1 << 60, dtype=torch.uint8)
+
+
+def test_a_negative_size_is_an_error_of_torchs() -> None:
+    with pytest.raises(RuntimeError, match="negative"):
+        torch.empty(10).untyped_storage().resize_(-64)
