@@ -22,11 +22,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from make_checkpoint import SHAPES
+
 SOURCE = Path(__file__).resolve().parent.parent / "models" / "bundled" / "main"
-WIDE = {
-    "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-    "num_attention_heads": 32, "num_key_value_heads": 8,
-}  # fmt: skip
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+         "num_key_value_heads")  # fmt: skip
+WIDE: dict[str, int] = {name: SHAPES["llama-1b"][name] for name in SIZES}
 
 
 def make(path: Path) -> None:

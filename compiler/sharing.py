@@ -47,9 +47,10 @@ def gated(source: str) -> str:
         end = _end_of_block(section)
         block, rest = section[:end], section[end:]
         condition = _condition(block)
-        parts += [_BRANCH.format(block=block, condition=condition), rest] if condition else [
-            _PARALLEL, section,
-        ]  # fmt: skip
+        if condition:
+            parts += [_BRANCH.format(block=block, condition=condition), rest]
+        else:
+            parts += [_PARALLEL, section]
     return "".join(parts)
 
 

@@ -171,7 +171,6 @@ class Lengths:
                 self.costs.look()
             self._tried += 1
             return lengths if any(lengths) else [min(PROBE, self.most)] * len(sequences)
-        self._idle, self._patience, self._tried = 0, PATIENCE, 0
         for place, (sequence, length) in enumerate(zip(sequences, lengths, strict=True)):
             if _is_due(self._record(sequence), length > 0) and not length:
                 lengths[place] = min(PROBE, self.most)

@@ -47,7 +47,8 @@ class StepCosts:
         else:
             self._plain.setdefault(count, deque(maxlen=PLAIN_WINDOW)).append(seconds)
         self._age += 1
-        if self._age >= REFRESH or self.num_plain(count) < PLAIN_WINDOW:
+        known = len(self._drafted) if drafted else self.num_plain(count)
+        if self._age >= REFRESH or known < PLAIN_WINDOW:
             self._age = 0
             self.look()
 

@@ -142,10 +142,8 @@ class ModelDrafter(Drafter):
         right, most = shadow.known, min(len(own.token_ids), len(token_ids) - 1)
         while right < most and own.token_ids[right] == token_ids[right]:
             right += 1
-        if own.adjust is not None:
-            own.adjust.rewind(own.token_ids[right : own.adjust.num_seen])
-        own.token_ids[right:] = token_ids[right:]
-        del own.digests[right // self.spec.block_size :]  # of guesses that were wrong
+        self._cut(own, right)
+        own.token_ids += token_ids[right:]
         own.num_computed = min(own.num_computed, right, len(token_ids) - 1)
         shadow.known = len(token_ids)
         self.scheduler.trim(own)
@@ -153,13 +151,17 @@ class ModelDrafter(Drafter):
     def _settle(self, shadow: _Shadow) -> None:
         """After guessing: drop a token that was not run, index what the target accepted."""
         own = shadow.sequence
-        kept = max(own.num_computed, shadow.known)
-        if own.adjust is not None:  # of a preempted one, guesses that were counted go as well
-            own.adjust.rewind(own.token_ids[kept : own.adjust.num_seen])
-        del own.token_ids[kept:]
+        self._cut(own, max(own.num_computed, shadow.known))
         end = min(own.num_computed, shadow.known)
         self.scheduler.commit_blocks(own, min(shadow.indexed, end), end)  # less: it was preempted
         shadow.indexed = end
+
+    def _cut(self, own: Sequence, kept: int) -> None:
+        """Drop the tokens behind the first ``kept``, and what was made of them."""
+        if own.adjust is not None:
+            own.adjust.rewind(own.token_ids[kept : own.adjust.num_seen])
+        del own.token_ids[kept:]
+        del own.digests[kept // self.spec.block_size :]
 
     # --- guessing
 

@@ -108,21 +108,35 @@ def test_outputs_equal_plain_decoding(
     assert llm.engine.speculator.drafter is not None
 
 
-def test_a_draft_that_is_short_of_blocks_keeps_its_counts() -> None:
-    """Guesses of a preempted sequence are taken back from what penalties count."""
+def test_a_draft_that_is_short_of_blocks_keeps_its_books() -> None:
+    """Guesses of a preempted sequence go from what penalties count, and from digests."""
     llm = LLM(
         "bundled", dtype="float32", enforce_eager=True, max_model_len=320, threads=1,
         max_num_seqs=8, kv_cache_memory_bytes=2_600_000,
-        speculative_config={**DRAFTERS["draft_model"], "num_speculative_tokens": 16,
+        speculative_config={**DRAFTERS["draft_model"], "num_speculative_tokens": 40,
                             "adaptive": False},
     )  # fmt: skip
     speculator = llm.engine.speculator
     assert speculator is not None
     drafter = speculator.drafter
     assert isinstance(drafter, ModelDrafter)
+    scheduler = drafter.scheduler
+    size, commit = scheduler.spec.block_size, scheduler.commit_blocks
+
+    def check(sequence: Any, start: int, end: int) -> None:
+        """Blocks are known by the tokens that are in them, and only these are counted."""
+        assert sequence.adjust is None or sequence.adjust.num_seen <= len(sequence.token_ids)
+        digest = scheduler.pool.root(sequence.request.cache_salt)
+        for number in range(end // size):
+            tokens = sequence.token_ids[number * size : (number + 1) * size]
+            digest = scheduler.pool.digest(digest, tokens)
+            assert scheduler._digest(sequence, number) == digest
+        commit(sequence, start, end)
+
+    scheduler.commit_blocks = check  # type: ignore[method-assign]
     preempted: list[Any] = []
-    preempt = drafter.scheduler._preempt
-    drafter.scheduler._preempt = lambda plan, s: preempted.append(s) or preempt(plan, s)  # type: ignore[method-assign, func-returns-value]
+    preempt = scheduler._preempt
+    scheduler._preempt = lambda plan, s: preempted.append(s) or preempt(plan, s)  # type: ignore[method-assign, func-returns-value]
     params = SamplingParams(temperature=0, max_tokens=150, ignore_eos=True, repetition_penalty=1.2)
     llm.generate([f"# {i}\ndef add(a, b):" for i in range(8)], params, use_tqdm=False)
     assert preempted

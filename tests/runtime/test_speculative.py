@@ -150,6 +150,14 @@ def test_an_abort_between_steps() -> None:
     assert news["b", 0][-1].finish_reason == "length"
 
 
+def test_a_small_budget_of_drafts_goes_to_the_first() -> None:
+    engine = make(drafts=3, max_num_seqs=4, max_num_batched_tokens=8)
+    for name in "abcd":
+        engine.add_request(request(name, 2, max_tokens=12))
+    drain(engine)
+    assert engine.stats().num_drafts > 0
+
+
 def test_drafts_leave_room_for_prompts() -> None:
     engine = make(drafts=8, max_num_batched_tokens=8)
     engine.add_request(request("old", 4, max_tokens=50))

@@ -1,6 +1,5 @@
-// Registers the kernels with torch's dispatcher through its stable ABI, so that one binary serves
-// several versions of torch. Checks every argument that a kernel uses as an address; what the
-// kernels do not cover goes to the ops' PyTorch references.
+// Registers the kernels with torch's dispatcher through its stable ABI. Checks every argument that a
+// kernel uses as an address; what the kernels do not cover goes to the ops' PyTorch references.
 
 #include "attention.h"
 #include "binding.h"
