@@ -31,7 +31,8 @@ def load() -> None:
     """Register every op of namespace ``fxlm``; idempotent.
 
     The CPU kernels are compiled on first use (seconds; cached for the user) and loaded from the
-    cache afterwards; tensors on the CPU come from their pool of memory from then on. Where there is no C++ compiler the PyTorch references serve, with a warning.
+    cache afterwards; tensors on the CPU come from their pool of memory from then on. Where there
+    is no C++ compiler the PyTorch references serve, with a warning.
     """
     global _library, _cpu
     if _library is not None:
